@@ -1,0 +1,325 @@
+"""Orders and reference data as the log has made them: what stands after a prefix of it (RULES section 2).
+
+A `Book` is folded from accepted changes in log order.  It holds no money; `charges` reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from rating import records as said
+from rating.calendar import FOREVER, add_months
+from rating.records import ContractChange, Header, OrderLine, Price, ReferenceChange, Waterfall
+from rating.timeline import Intervals, Snapshots, Timeline
+
+#: A charge line's stable key: order number, item id, ODS code.
+LineKey = tuple[str, str, str]
+#: What usage is counted for: item id, ODS code.
+Service = tuple[str, str]
+
+
+def standing(changes: Iterable[ContractChange]) -> list[ContractChange]:
+    """The changes less those retracted; a retraction can itself be retracted by a later one (2.4)."""
+    kept, removed = [], set()
+    for change in reversed(list(changes)):
+        if change.id in removed:
+            continue
+        if isinstance(change.body, said.Retracted):
+            removed.add(change.body.change_id)
+        else:
+            kept.append(change)
+    return kept[::-1]
+
+
+@dataclass(slots=True, eq=False)
+class Line:
+    """One charge line: what is painted on it, and the facts about it."""
+
+    key: LineKey
+    order: Order
+    placed: OrderLine
+    price: Timeline[Price]
+    quantity: Timeline[int]
+    funding: Timeline[Waterfall]
+
+    @property
+    def item_id(self) -> str:
+        """The catalogue item."""
+        return self.key[1]
+
+    @property
+    def ods_code(self) -> str:
+        """The practice."""
+        return self.key[2]
+
+    @property
+    def m1(self) -> int | None:
+        """The day of go-live; charges start on it."""
+        return self.order.milestones.get((self.item_id, self.ods_code, "M1"))
+
+    @property
+    def m2(self) -> int | None:
+        """The day of service stability; makes payable what accrued since M1."""
+        return self.order.milestones.get((self.item_id, self.ods_code, "M2"))
+
+    @property
+    def is_one_off(self) -> bool:
+        """Whether the line is charged once, on delivery: it needs no M2 (3.8)."""
+        return self.placed.price.is_one_off
+
+    def live(self, reference: Reference) -> tuple[int, int]:
+        """The live days `[first, end)`; (0, 0) when never live (3.1)."""
+        first = self.m1
+        if first is None:
+            return 0, 0
+        order, practice = self.order, reference.of(self.ods_code)
+        end = min(
+            order.ceased.get((self.item_id, self.ods_code), FOREVER),
+            order.terminated,
+            practice.closed,
+            practice.merged,
+            add_months(order.header.commencement, order.header.term_months),
+        )
+        return (first, end) if first < end else (0, 0)
+
+    def payable(self, last_day: int) -> bool:
+        """Whether what accrued is released in a period that ends on `last_day` (3.8)."""
+        return self.is_one_off or (self.m2 is not None and self.m2 <= last_day)
+
+
+@dataclass(slots=True)
+class Credit:
+    """A service credit: of one practice's line, or (None) of all the order's lines for the item."""
+
+    item_id: str
+    ods_code: str | None
+    amount_micros: int
+    day: int
+
+
+class Order:
+    """A call-off order with its revisions rolled up, and all that was said of it."""
+
+    def __init__(self, number: str) -> None:
+        self.number = number
+        self.headers: dict[str, Header] = {}
+        self.lines: dict[Service, Line] = {}
+        self.by_item: dict[str, list[Line]] = {}
+        self.milestones: dict[tuple[str, str, str], int] = {}
+        self.ceased: dict[Service, int] = {}
+        self.terminated = FOREVER
+        self.novations: list[said.PartyNovated] = []
+        self.credits: list[Credit] = []
+        self._party: Timeline[str] | None = None
+
+    @classmethod
+    def fold(cls, number: str, changes: Iterable[ContractChange]) -> Order:
+        """The order that the accepted changes, in log order, make."""
+        order = cls(number)
+        for change in standing(changes):
+            order.apply(change.body)
+        return order
+
+    @property
+    def header(self) -> Header:
+        """The header as first written; every revision repeats it."""
+        return next(iter(self.headers.values()))
+
+    @property
+    def party(self) -> Timeline[str]:
+        """The ordering party over days; a novation acts on the whole order, whenever placed (2.1)."""
+        if self._party is None:
+            self._party = Timeline(self.header.ordering_party)
+            for novation in self.novations:
+                self._party.paint(novation.first, FOREVER, novation.ordering_party)
+        return self._party
+
+    def named(self, item_id: str, ods_code: str | None) -> list[Line]:
+        """The lines that a change names: one, or (no practice) each of the item's."""
+        if ods_code is None:
+            return self.by_item.get(item_id, [])
+        line = self.lines.get((item_id, ods_code))
+        return [line] if line else []
+
+    def apply(self, body: said.ContractBody) -> None:
+        """Says one accepted change that is not a retraction."""
+        match body:
+            case said.OrderPlaced():
+                self._place(body)
+            case said.MilestoneReached():
+                self.milestones[body.item_id, body.ods_code, body.milestone] = body.day
+            case said.QuantityChanged():
+                for line in self.named(body.item_id, body.ods_code):
+                    line.quantity.paint(body.first, FOREVER, body.quantity_micros)
+            case said.PriceAgreed():
+                for line in self.named(body.item_id, body.ods_code):
+                    line.price.paint(body.first, FOREVER, body.price)
+            case said.FundingChanged():
+                for line in self.named(body.item_id, body.ods_code):
+                    line.funding.paint(body.first, FOREVER, body.funding)
+            case said.LineCeased():
+                self.ceased[body.item_id, body.ods_code] = body.day
+            case said.OrderTerminated():
+                self.terminated = body.day
+            case said.PartyNovated():
+                self.novations.append(body)
+                self._party = None
+            case said.ServiceCredit():
+                self.credits.append(Credit(body.item_id, body.ods_code, body.amount_micros, body.day))
+            case said.Retracted():
+                raise AssertionError("a retraction is folded, not applied")
+
+    def _place(self, body: said.OrderPlaced) -> None:
+        self.headers[body.order_id] = body.header
+        self._party = None
+        for placed in body.lines:
+            service = (placed.item_id, placed.ods_code)
+            if service in self.lines:
+                # Two revisions with one line can stand together only when a retraction was
+                # itself retracted after the line was placed anew: the earlier placing stands.
+                continue
+            line = Line(
+                key=(self.number, *service),
+                order=self,
+                placed=placed,
+                price=Timeline(placed.price),
+                quantity=Timeline(placed.quantity_micros),
+                funding=Timeline(placed.funding),
+            )
+            self.lines[service] = line
+            self.by_item.setdefault(placed.item_id, []).append(line)
+
+
+@dataclass(slots=True)
+class CodeFacts:
+    """What the reference log says of one code: a practice, commissioner, item, party or ENGLAND."""
+
+    list_sizes: Snapshots = field(default_factory=Snapshots)
+    closed: int = FOREVER
+    merged: int = FOREVER
+    memberships: dict[str, Timeline[str | None]] = field(default_factory=dict)
+    acceptances: dict[str, Intervals] = field(default_factory=dict)
+    allocations: dict[int, said.Allocation] = field(default_factory=dict)
+
+    def apply(self, body: said.ReferenceBody) -> None:
+        """Says one accepted change that is not a retraction."""
+        match body:
+            case said.ListSize():
+                self.list_sizes.say(body.as_of, body.patients)
+            case said.Membership():
+                empty: Timeline[str | None] = Timeline(None)
+                self.memberships.setdefault(body.kind, empty).paint(body.first, body.end, body.parent)
+            case said.PracticeClosed():
+                self.closed = body.day
+            case said.PracticeMerged():
+                self.merged = body.day
+            case said.ServiceAccepted():
+                self.acceptances.setdefault(body.requirement, Intervals()).add(body.first, body.end)
+            case said.Allocation():
+                self.allocations[body.financial_year] = body
+            case said.PracticeOpened():
+                pass
+            case said.Retracted():
+                raise AssertionError("a retraction is folded, not applied")
+
+
+_NOTHING_SAID = CodeFacts()
+
+
+class Reference:
+    """List sizes, memberships, closures, acceptances and allocations, by code."""
+
+    def __init__(self) -> None:
+        self.codes: dict[str, CodeFacts] = {}
+        self._logs: dict[str, list[ReferenceChange]] = {}
+
+    @classmethod
+    def fold(cls, changes: Iterable[ReferenceChange]) -> Reference:
+        """The reference data that the accepted changes, in log order per code, make."""
+        reference = cls()
+        for change in changes:
+            reference.say(change)
+        return reference
+
+    def say(self, change: ReferenceChange) -> None:
+        """Adds one accepted change; a retraction folds its code's log anew."""
+        log = self._logs.setdefault(change.code, [])
+        log.append(change)
+        if not isinstance(change.body, said.Retracted):
+            self.codes.setdefault(change.code, CodeFacts()).apply(change.body)
+            return
+        facts, removed, kept = CodeFacts(), set(), []
+        for each in reversed(log):
+            if each.id in removed:
+                continue
+            if isinstance(each.body, said.Retracted):
+                removed.add(each.body.change_id)
+            else:
+                kept.append(each.body)
+        for body in reversed(kept):
+            facts.apply(body)
+        self.codes[change.code] = facts
+
+    def of(self, code: str) -> CodeFacts:
+        """What is known of a code; nothing, for one that nobody has described."""
+        return self.codes.get(code, _NOTHING_SAID)
+
+    def accepted(self, item_id: str, day: int) -> bool:
+        """Whether every requirement named for the item covers the day (3.7)."""
+        return all(spans.covers(day) for spans in self.of(item_id).acceptances.values())
+
+    def practices_under(self, party: str, day: int) -> list[str]:
+        """The codes under a party by commissioner membership on a day, through any number of parents."""
+        under = []
+        for code in self.codes:
+            seen, parent = {code}, self._commissioner(code, day)
+            while parent is not None and parent not in seen:
+                if parent == party:
+                    under.append(code)
+                    break
+                seen.add(parent)
+                parent = self._commissioner(parent, day)
+        return under
+
+    def _commissioner(self, code: str, day: int) -> str | None:
+        timeline = self.of(code).memberships.get("commissioner")
+        return timeline.at(day) if timeline else None
+
+
+class Book:
+    """All orders, the reference data, and the day totals of usage."""
+
+    def __init__(
+        self,
+        orders: Iterable[Order],
+        reference: Reference,
+        usage: Mapping[Service, Mapping[int, int]],
+    ) -> None:
+        """`usage` is quantity_micros by (item, practice) and London day (ordinal)."""
+        self.orders = {order.number: order for order in orders if order.headers}
+        self.reference = reference
+        self.usage = usage
+        self.by_service: dict[Service, list[Line]] = {}
+        for order in sorted(self.orders.values(), key=attrgetter("number")):
+            for service, line in order.lines.items():
+                self.by_service.setdefault(service, []).append(line)
+
+    def takers(self, service: Service, day: int) -> list[Line]:
+        """The lines live on the day at an on-demand price; the first, of the lowest order, takes it (3.3)."""
+        return [
+            line
+            for line in self.by_service.get(service, [])
+            if line.live(self.reference)[0] <= day < line.live(self.reference)[1]
+            and line.price.at(day).is_on_demand
+        ]
+
+    def suspense(self) -> dict[tuple[str, str, int], int]:
+        """Usage that no line takes, in micros by (item, practice, day)."""
+        return {
+            (*service, day): quantity
+            for service, days in self.usage.items()
+            for day, quantity in days.items()
+            if quantity and not self.takers(service, day)
+        }

@@ -1,0 +1,98 @@
+"""London civil days and calendar months as integers, so that ranges of them are plain arithmetic."""
+
+from __future__ import annotations
+
+import calendar as _calendar
+from datetime import UTC, date, datetime
+from functools import lru_cache
+from zoneinfo import ZoneInfo
+
+LONDON = ZoneInfo("Europe/London")
+
+#: Later than any day that a contract speaks of; stands for "open".
+FOREVER = date.max.toordinal()
+#: Earlier than any day that a contract speaks of.
+NEVER = 0
+
+
+def month_of(day: int) -> int:
+    """The month (year * 12 + month - 1) that a day (ordinal) falls in."""
+    at = date.fromordinal(day)
+    return at.year * 12 + at.month - 1
+
+
+@lru_cache(maxsize=4096)
+def first_day(month: int) -> int:
+    """The first day (ordinal) of a month."""
+    return date(month // 12, month % 12 + 1, 1).toordinal()
+
+
+@lru_cache(maxsize=4096)
+def days_in(month: int) -> int:
+    """How many days the month has.  A month with a clock change counts by days like any other."""
+    return _calendar.monthrange(month // 12, month % 12 + 1)[1]
+
+
+def last_day(month: int) -> int:
+    """The last day (ordinal) of a month."""
+    return first_day(month) + days_in(month) - 1
+
+
+def parse_month(text: str) -> int:
+    """`2026-04` as a month.  Raises ValueError with the text when it is not one."""
+    if len(text) != 7 or text[4] != "-" or not (text[:4] + text[5:]).isascii():
+        raise ValueError(f"{text!r} is not a month like 2026-04")
+    if not (text[:4] + text[5:]).isdigit() or not 1 <= int(text[5:]) <= 12 or int(text[:4]) < 1:
+        raise ValueError(f"{text!r} is not a month like 2026-04")
+    return int(text[:4]) * 12 + int(text[5:]) - 1
+
+
+@lru_cache(maxsize=4096)
+def month_text(month: int) -> str:
+    """A month as `2026-04`."""
+    return f"{month // 12:04d}-{month % 12 + 1:02d}"
+
+
+def add_months(day: int, months: int) -> int:
+    """The day `months` calendar months later, clamped to that month's length.
+
+    >>> date.fromordinal(add_months(date(2026, 1, 31).toordinal(), 1)).isoformat()
+    '2026-02-28'
+
+    Days past the last that a date can hold come out as FOREVER.
+    """
+    at = date.fromordinal(day)
+    month = at.year * 12 + at.month - 1 + months
+    if month >= 9999 * 12 + 12:
+        return FOREVER
+    return first_day(month) + min(at.day, days_in(month)) - 1
+
+
+def financial_year(month: int) -> int:
+    """The calendar year of the 1 April that began the month's financial year."""
+    return (month - 3) // 12
+
+
+def financial_year_months(year: int) -> range:
+    """The twelve months of a financial year, April to March."""
+    return range(year * 12 + 3, year * 12 + 15)
+
+
+def london_day(instant: datetime) -> int:
+    """The London civil day (ordinal) of an instant."""
+    return instant.astimezone(LONDON).toordinal()
+
+
+def day_seconds(day: int) -> int:
+    """How long a London day is: 82,800, 86,400 or 90,000 seconds."""
+    at = date.fromordinal(day)
+    start = datetime(at.year, at.month, at.day, tzinfo=LONDON)
+    after = date.fromordinal(day + 1)
+    end = datetime(after.year, after.month, after.day, tzinfo=LONDON)
+    return int((end.astimezone(UTC) - start.astimezone(UTC)).total_seconds())
+
+
+def month_start(month: int) -> datetime:
+    """The instant of 00:00 London time on the first of the month, in UTC."""
+    at = date.fromordinal(first_day(month))
+    return datetime(at.year, at.month, at.day, tzinfo=LONDON).astimezone(UTC)

@@ -1,0 +1,300 @@
+"""Records on the wire: Avro in the Confluent format, and the same records in their interchange form.
+
+The wire format is a zero byte, the schema's id in four bytes (big-endian), and the Avro body.
+Without a schema registry the ids are those of `FIXED_IDS`; they never change.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from collections.abc import Mapping
+from datetime import UTC, date, datetime
+from decimal import Decimal, DecimalException
+from functools import cache
+from importlib import resources
+from typing import Any, NamedTuple
+
+import fastavro
+
+from rating.amounts import micros, micros_text
+from rating.records import Refused
+from streams.settings import Settings
+
+#: The schemas that stand on topics, with their ids where no registry gives them.
+FIXED_IDS = {
+    "Usage": 1,
+    "UsageBatch": 2,
+    "ContractChange": 3,
+    "ReferenceChange": 4,
+    "UsageComplete": 5,
+    "CloseRequested": 6,
+    "CutFixed": 7,
+    "PeriodClosed": 8,
+    "DeadLetter": 9,
+    "Accrual": 10,
+    "Document": 11,
+    "ChargeInput": 12,
+    "FundingInput": 13,
+}
+_HEADER = struct.Struct(">bI")
+
+
+class Undecodable(Exception):
+    """Bytes that are not a record of ours; the message says why, for a person."""
+
+
+class Decoded(NamedTuple):
+    """A record: its schema's name and its value (dates, instants and decimals as Python's)."""
+
+    name: str
+    value: dict[str, Any]
+
+
+@cache
+def schema_source(name: str) -> dict[str, Any]:
+    """A schema as written in `schemas/avro`."""
+    text = resources.files("schemas").joinpath("avro", f"{name}.avsc").read_text()
+    return dict(json.loads(text))
+
+
+@cache
+def _parsed(name: str) -> Any:
+    return fastavro.parse_schema(schema_source(name))
+
+
+class Codec:
+    """Encodes and decodes every record; with a registry set, schemas are registered and looked up there."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._registry: Any = None
+        if settings.schema_registry:
+            from confluent_kafka.schema_registry import SchemaRegistryClient
+
+            self._registry = SchemaRegistryClient({"url": settings.schema_registry})
+        self._ids: dict[str, int] = {} if self._registry else dict(FIXED_IDS)
+        self._writers: dict[int, tuple[str, Any]] = {
+            number: (name, _parsed(name)) for name, number in self._ids.items()
+        }
+
+    def encode(self, name: str, value: Mapping[str, Any]) -> bytes:
+        """A record's bytes.  Raises Refused when a value does not fit its type."""
+        out = io.BytesIO()
+        out.write(_HEADER.pack(0, self._id(name)))
+        try:
+            fastavro.schemaless_writer(out, _parsed(name), value)
+        except (ValueError, TypeError, DecimalException, OverflowError) as error:
+            raise Refused("", f"does not fit the schema {name}: {error}") from None
+        return out.getvalue()
+
+    def decode(self, data: bytes | None, expected: tuple[str, ...]) -> Decoded:
+        """The record in these bytes, read with the writer's schema.  Raises Undecodable."""
+        if data is None:
+            raise Undecodable("the record has no value")
+        if len(data) < _HEADER.size or data[0] != 0:
+            raise Undecodable(
+                f"does not begin with the zero byte and schema id of the Confluent wire format ({len(data)} bytes)"
+            )
+        name, writer = self._writer(_HEADER.unpack_from(data)[1])
+        if name not in expected:
+            raise Undecodable(f"is a {name}; this topic takes {' or '.join(expected)}")
+        body = io.BytesIO(data)
+        body.seek(_HEADER.size)
+        try:
+            value = fastavro.schemaless_reader(body, writer, _parsed(name), return_record_name=True)
+        except Exception as error:  # fastavro raises nearly anything on hostile bytes
+            raise Undecodable(f"is no Avro record of schema {name}: {type(error).__name__} {error}") from None
+        if body.tell() != len(data):
+            raise Undecodable(f"has {len(data) - body.tell()} bytes after the {name} record")
+        return Decoded(name, value)
+
+    def _id(self, name: str) -> int:
+        if name not in self._ids:
+            from confluent_kafka.schema_registry import Schema
+
+            number = self._registry.register_schema(
+                f"tribill.{name}", Schema(json.dumps(schema_source(name)), "AVRO")
+            )
+            self._ids[name] = number
+            self._writers[number] = (name, _parsed(name))
+        return self._ids[name]
+
+    def _writer(self, number: int) -> tuple[str, Any]:
+        if number not in self._writers:
+            if self._registry is None:
+                raise Undecodable(f"names schema id {number}, which is none of ours")
+            try:
+                source = json.loads(self._registry.get_schema(number).schema_str)
+            except Exception as error:
+                raise Undecodable(f"names schema id {number}: {error}") from None
+            name = str(source.get("name", "")).rpartition(".")[2] if isinstance(source, dict) else ""
+            if name not in FIXED_IDS:
+                raise Undecodable(f"names schema id {number}, a {name or 'type'} that is none of ours")
+            self._writers[number] = (name, fastavro.parse_schema(source))
+        return self._writers[number]
+
+
+# --- the interchange form -------------------------------------------------------------------
+
+
+def from_interchange(name: str, value: object) -> dict[str, Any]:
+    """A record in its interchange form (JSON) as Avro takes it.  Raises Refused with the field."""
+    schema = schema_source(name)
+    converted = _to_avro(schema, value, "", _named_types(name))
+    assert isinstance(converted, dict)
+    return converted
+
+
+def to_interchange(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    """A decoded record in its interchange form; what is null is left out."""
+    converted = _to_json(schema_source(name), value, _named_types(name))
+    assert isinstance(converted, dict)
+    return converted
+
+
+@cache
+def _named_types(name: str) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+
+    def walk(schema: Any) -> None:
+        if isinstance(schema, list):
+            for each in schema:
+                walk(each)
+        elif isinstance(schema, dict):
+            if schema["type"] == "record":
+                found[schema["name"]] = schema
+                for field in schema["fields"]:
+                    walk(field["type"])
+            elif schema["type"] == "array":
+                walk(schema["items"])
+
+    walk(schema_source(name))
+    return found
+
+
+def _to_avro(schema: Any, value: object, path: str, named: Mapping[str, Any]) -> Any:
+    if isinstance(schema, list):
+        return _union_to_avro(schema, value, path, named)
+    if isinstance(schema, str) and schema in named:
+        schema = named[schema]
+    if value is None:
+        raise Refused(path, "is missing")
+    kind = schema["type"] if isinstance(schema, dict) else schema
+    if kind == "record":
+        if not isinstance(value, Mapping):
+            raise Refused(path, f"is {_shown(value)}, not a record of named fields")
+        record = {}
+        for field in schema["fields"]:
+            where = f"{path}.{field['name']}" if path else field["name"]
+            given = value.get(field["name"])
+            if given is None and "default" in field:
+                given = field["default"]
+                if given is None:
+                    record[field["name"]] = None
+                    continue
+            record[field["name"]] = _to_avro(field["type"], given, where, named)
+        for key in value:
+            if key not in record:
+                raise Refused(f"{path}.{key}" if path else str(key), "is no field of this record")
+        return record
+    if kind == "array":
+        if not isinstance(value, list):
+            raise Refused(path, f"is {_shown(value)}, not a list")
+        return [_to_avro(schema["items"], each, f"{path}[{index}]", named) for index, each in enumerate(value)]
+    logical = schema.get("logicalType") if isinstance(schema, dict) else None
+    return _scalar_to_avro(kind, logical, value, path)
+
+
+def _scalar_to_avro(kind: str, logical: str | None, value: object, path: str) -> Any:
+    if logical == "decimal":
+        if not isinstance(value, str):
+            raise Refused(path, f'is {_shown(value)}; write decimals as strings, "1.26"')
+        try:
+            return Decimal(micros(value)).scaleb(-6)
+        except ValueError as error:
+            raise Refused(path, str(error)) from None
+    if logical == "date":
+        try:
+            if not isinstance(value, str) or len(value) != 10:
+                raise ValueError
+            return date.fromisoformat(value)
+        except ValueError:
+            raise Refused(path, f"is {_shown(value)}, not a date like 2026-04-01") from None
+    if logical == "timestamp-micros":
+        try:
+            at = datetime.fromisoformat(value if isinstance(value, str) else "")
+        except ValueError:
+            raise Refused(path, f"is {_shown(value)}, not an instant like 2026-04-01T09:00:00Z") from None
+        if at.tzinfo is None:
+            raise Refused(path, f"{_shown(value)} has no offset; end it with Z or +01:00")
+        try:
+            return at.astimezone(UTC)
+        except OverflowError:
+            raise Refused(path, f"{_shown(value)} is out of range") from None
+    if kind == "string":
+        if not isinstance(value, str):
+            raise Refused(path, f"is {_shown(value)}, not a string")
+        return value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise Refused(path, f"is {_shown(value)}, not a whole number")
+    limit = 2**31 if kind == "int" else 2**63
+    if not -limit <= value < limit:
+        raise Refused(path, f"is {value}, which does not fit")
+    return value
+
+
+def _union_to_avro(branches: list[Any], value: object, path: str, named: Mapping[str, Any]) -> Any:
+    if value is None and "null" in branches:
+        return None
+    records = {each["name"]: each for each in branches if isinstance(each, dict) and each["type"] == "record"}
+    others = [each for each in branches if each != "null" and each not in records.values()]
+    if isinstance(value, Mapping) and len(records) > 1:
+        # A union of records is written as {"Name": {...}}.
+        name = next(iter(value), None)
+        if len(value) != 1 or name not in records:
+            raise Refused(path, f"is {_shown(value)}, not one of {', '.join(records)}")
+        return f"tribill.{name}", _to_avro(records[name], value[name], f"{path}.{name}", named)
+    if isinstance(value, Mapping) and records:
+        return _to_avro(next(iter(records.values())), value, path, named)
+    if not others:
+        raise Refused(path, f"is {_shown(value)}, not one of {', '.join(records)}")
+    return _to_avro(others[0], value, path, named)
+
+
+def _to_json(schema: Any, value: Any, named: Mapping[str, Any]) -> Any:
+    if value is None:
+        return None
+    if isinstance(schema, list):
+        if isinstance(value, tuple):
+            name, inner = value[0].rpartition(".")[2], value[1]
+            converted = _to_json(named[name], inner, named)
+            records = [each for each in schema if isinstance(each, dict) and each["type"] == "record"]
+            return {name: converted} if len(records) > 1 else converted
+        return _to_json(next(each for each in schema if each != "null"), value, named)
+    if isinstance(schema, str) and schema in named:
+        schema = named[schema]
+    kind = schema["type"] if isinstance(schema, dict) else schema
+    if kind == "record":
+        if isinstance(value, tuple):
+            value = value[1]
+        converted = {
+            field["name"]: _to_json(field["type"], value.get(field["name"]), named) for field in schema["fields"]
+        }
+        return {name: each for name, each in converted.items() if each is not None}
+    if kind == "array":
+        return [_to_json(schema["items"], each, named) for each in value]
+    if isinstance(value, Decimal):
+        if value.adjusted() > 18:
+            raise Undecodable("a decimal does not fit decimal(18,6): it has more than eighteen digits")
+        return micros_text(int(value.scaleb(6)))
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).isoformat().replace("+00:00", "Z")
+    if isinstance(value, date):
+        return value.isoformat()
+    return value
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,1 @@
+"""The independent test oracle of the rules: see `oracle.py`."""
