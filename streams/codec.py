@@ -35,8 +35,8 @@ FIXED_IDS = {
     "DeadLetter": 9,
     "Accrual": 10,
     "Document": 11,
-    "ChargeInput": 12,
-    "FundingInput": 13,
+    "AcceptedChanges": 12,
+    "WantedOfAllocations": 13,
 }
 _HEADER = struct.Struct(">bI")
 

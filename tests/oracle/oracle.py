@@ -92,8 +92,8 @@ def to_integer(value: Any, name: str, least: int = 0) -> int:
     """Preamble: "`patients`, `term_months`, `revision`, `count`, `financial_year` are integers"."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise Refusal(f"{name}: not an integer")
-    if value < least:
-        raise Refusal(f"{name}: below {least}")
+    if not least <= value < 2**63:
+        raise Refusal(f"{name}: below {least}, or no integer of 64 bits")
     return value
 
 

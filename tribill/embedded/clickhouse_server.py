@@ -179,8 +179,7 @@ def _quoted(text: str) -> str:
 
 
 def _late_errors_in_band(chunks: Chunks, tag: str) -> Chunks:
-    """An error after the first piece, when the status is sent, follows in the body as ClickHouse writes
-    it."""
+    """An error after the first piece, when the status is sent, follows in the body, as in ClickHouse."""
     first = next(chunks, None)
     if first is None:
         return
@@ -346,8 +345,7 @@ class _Endpoint:
 
 @web.middleware
 async def _local_programs_only(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Refuse web pages: a browser on this machine reaches 127.0.0.1 too, but names its page's origin or
-    host."""
+    """Refuse web pages: a browser here reaches 127.0.0.1 too, but it names its page's origin or host."""
     if "Origin" in request.headers or request.url.host not in ("127.0.0.1", "localhost"):
         raise web.HTTPForbidden(text="only for programs on this machine")
     return await handler(request)

@@ -32,8 +32,7 @@ class LostTail(RuntimeError):
 
 
 class DamagedGenerationFile(RuntimeError):
-    """The generation file cannot be read. Guessing a generation could mix up positions, so this is an
-    error."""
+    """The generation file cannot be read; to guess a generation could mix up positions."""
 
 
 def begin(directory: Path, accept_lost_tail: bool = False) -> int:

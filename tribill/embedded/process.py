@@ -113,8 +113,7 @@ class Process:
 
 
 def _die_with(parent: int) -> None:
-    """Runs in the child before exec: have the kernel kill this process when the thread that started it
-    ends."""
+    """Runs in the child before exec: have the kernel kill it when the thread that started it ends."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:  # the parent died before the call: no signal will come

@@ -10,7 +10,7 @@ from tribill.embedded.process import Process
 
 
 def start(port: int, directory: Path, inherit: Sequence[int] = ()) -> Process:
-    """Start Redis on 127.0.0.1:`port`, logging under `directory`. It is not ready yet: see `is_ready`.
+    """Start Redis on 127.0.0.1:`port`, logging under `directory`; `is_ready` says when it serves.
 
     It keeps nothing on disk: an emptied claim store is rebuilt from the ledger.
     """

@@ -1,0 +1,209 @@
+"""Intake: lets usage through to its practice, or refuses it with a reason.
+
+Reads `usage` and every `usage.<supplier id>`; writes `usage-accepted`, partitioned by the practice
+in the record.  On a supplier's own topic the topic says who speaks; the record's key says nothing.
+
+The order of steps for a batch:
+
+1. Every record is decoded, every reading checked by itself.
+2. What was let through goes to `usage-accepted` in one block a partition; what was refused goes
+   to the dead letters.  If this fails, or the process dies, the batch is read again: a block sent
+   twice holds the same positions, which the usage agent knows again.
+3. Both are acknowledged by the broker.  Only then is the batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, ClassVar
+
+import polars as pl
+import pyarrow as pa
+
+from agents.context import Context
+from rating.amounts import LIMIT_MICROS
+from rating.records import Refused
+from sinks import metrics
+from sinks.dead_letters import DeadLetter
+from streams.batch import Batch, Record
+from streams.codec import Undecodable, from_interchange, to_interchange
+from streams.topics import BLOCK_MAX_BYTES, USAGE, USAGE_ACCEPTED, partition_for, usage_topics
+
+EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
+AHEAD = timedelta(days=1)
+#: Rows of a block; with ids of a kilobyte each it still is one Kafka record.
+BLOCK_ROWS = 5_000
+
+#: A reading let through: id, revision, supplier, practice, item, quantity_micros, occurred_at, index.
+Reading = tuple[str, int, str, str, str, int, datetime, int]
+
+
+class Intake:
+    """The agent of role `intake`."""
+
+    role: ClassVar[str] = "intake"
+    idle_seconds: ClassVar[float] = 0
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._floor = context.settings.arrival_floor_at
+
+    def topics(self) -> Sequence[str]:
+        """`usage` and the suppliers' own topics."""
+        return usage_topics(self._context.settings)
+
+    def do(self, batch: Batch) -> None:
+        """Does a batch; see the steps above."""
+        speaker = batch.topic.removeprefix(f"{USAGE}.") if batch.topic != USAGE else None
+        letters: list[DeadLetter] = []
+        blocks: dict[int, list[tuple[Any, ...]]] = {}
+        partitions = self._context.settings.partitions
+        for record in batch.records:
+            for reading in self._readings(batch, record, speaker, letters):
+                row = (*reading, record.offset, record.timestamp)
+                blocks.setdefault(partition_for(reading[3], partitions), []).append(row)
+        accepted = 0
+        for partition, rows in blocks.items():
+            accepted += len(rows)
+            for start in range(0, len(rows), BLOCK_ROWS):
+                self._send(batch, partition, rows[start : start + BLOCK_ROWS])
+        self._context.dead_letters.write(letters)
+        self._context.outbox.flush()
+        metrics.RECORDS.labels(self.role, "accepted").inc(accepted)
+        metrics.USAGE.labels("refused").inc(len(letters))
+
+    def idle(self) -> None:
+        """Nothing to do with time."""
+
+    def _readings(
+        self, batch: Batch, record: Record, speaker: str | None, letters: list[DeadLetter]
+    ) -> Iterator[Reading]:
+        def refuse(reason: str, field: str = "", index: int = 0, value: bytes | None = record.value) -> None:
+            place = (batch.topic, batch.partition, record.offset)
+            letters.append(DeadLetter(*place, reason, field, index, record.key, value, record.timestamp))
+
+        arrival = datetime.fromtimestamp(record.timestamp / 1000, UTC)
+        if self._floor is not None:
+            arrival = max(arrival, self._floor)
+        limit = self._context.settings.record_max_bytes
+        if record.value is not None and len(record.value) > limit:
+            refuse(f"is {len(record.value)} bytes long; a usage record has at most {limit}")
+            return
+        try:
+            decoded = self._context.codec.decode(record.value, ("Usage", "UsageBatch"))
+        except Undecodable as error:
+            refuse(*_why(record.value, str(error)))
+            return
+        value = decoded.value
+        readings = [value] if decoded.name == "Usage" else value["usages"]
+        supplier, practice = value["supplier_id"], value["ods_code"]
+        for index, reading in enumerate(readings):
+            try:
+                quantity = _check(reading, supplier, speaker, arrival)
+            except Refused as error:
+                whole = record.value if decoded.name == "Usage" else _alone(reading, supplier, practice)
+                refuse(error.reason, error.field, index, whole)
+                continue
+            yield (
+                reading["id"],
+                reading["revision"],
+                supplier,
+                practice,
+                reading["item_id"],
+                quantity,
+                reading["occurred_at"],
+                index,
+            )
+
+    def _send(self, batch: Batch, partition: int, rows: list[tuple[Any, ...]]) -> None:
+        names = ("id", "revision", "supplier_id", "ods_code", "item_id", "quantity_micros", "occurred_at")
+        frame = pl.DataFrame(
+            rows,
+            schema={
+                **dict(zip(names, (pl.String, pl.Int64, pl.String, pl.String, pl.String, pl.Int64), strict=False)),
+                "occurred_at": pl.Datetime("us", "UTC"),
+                "index": pl.Int32,
+                "offset": pl.Int64,
+                "broker_timestamp_ms": pl.Int64,
+            },
+            orient="row",
+        ).with_columns(
+            day=pl.col("occurred_at").dt.convert_time_zone("Europe/London").dt.date(),
+            topic=pl.lit(batch.topic),
+            partition=pl.lit(batch.partition, pl.Int32),
+        )
+        block = encode_block(frame.to_arrow())
+        if len(block) > BLOCK_MAX_BYTES // 2 and len(rows) > 1:
+            middle = len(rows) // 2
+            self._send(batch, partition, rows[:middle])
+            self._send(batch, partition, rows[middle:])
+            return
+        self._context.outbox.send(USAGE_ACCEPTED, block, partition=partition)
+
+
+def _check(reading: Any, supplier: str, speaker: str | None, arrival: datetime) -> int:
+    """A reading's quantity in micros.  Raises Refused with what RULES section 1 has against it."""
+    if speaker is not None and supplier != speaker:
+        raise Refused("supplier_id", f"is {supplier!r}, but this is the topic of supplier {speaker!r}")
+    if not reading["item_id"].startswith(supplier):
+        raise Refused("item_id", f"is {reading['item_id']!r}, which is not an item of supplier {supplier!r}")
+    quantity = int(reading["quantity"].scaleb(6)) if reading["quantity"].adjusted() <= 18 else LIMIT_MICROS
+    if quantity < 0:
+        raise Refused("quantity", f"is {reading['quantity']}, which is negative")
+    if quantity >= LIMIT_MICROS:
+        raise Refused("quantity", "does not fit decimal(18,6): more than eighteen digits")
+    occurred_at = reading["occurred_at"]
+    if occurred_at < EARLIEST:
+        raise Refused("occurred_at", f"is {occurred_at.isoformat()}, before the year 2000")
+    if occurred_at > arrival + AHEAD:
+        raise Refused(
+            "occurred_at",
+            f"is {occurred_at.isoformat()}, more than a day after it arrived ({arrival.isoformat()})",
+        )
+    return quantity
+
+
+def _alone(reading: Any, supplier: str, practice: str) -> bytes:
+    """A reading of a UsageBatch as a Usage of its own, in the interchange form."""
+    value = {**reading, "supplier_id": supplier, "ods_code": practice}
+    try:
+        return json.dumps(to_interchange("Usage", value)).encode()
+    except Undecodable:
+        return repr(value)[:10_000].encode()
+
+
+def _why(data: bytes | None, reason: str) -> tuple[str, str]:
+    """Why bytes are no usage: for JSON text what is wrong in it, which is more helpful."""
+    value = read_json(data)
+    if value is None:
+        return reason, ""
+    try:
+        if "UsageBatch" in value:
+            from_interchange("UsageBatch", value["UsageBatch"])
+        else:
+            from_interchange("Usage", value)
+    except Refused as error:
+        return error.reason, error.field
+    return "is JSON; records are Avro in the Confluent wire format (`tribill publish` encodes them)", ""
+
+
+def read_json(data: bytes | None) -> dict[str, Any] | None:
+    """The JSON object in these bytes, if they are one: what could not be encoded is sent as it was."""
+    if not data or data[:1] != b"{":
+        return None
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def encode_block(rows: pa.Table, metadata: dict[str, str] | None = None) -> bytes:
+    """An Arrow table as one Kafka record."""
+    sink = pa.BufferOutputStream()
+    schema = rows.schema.with_metadata(metadata) if metadata else rows.schema
+    with pa.ipc.new_stream(sink, schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+        writer.write_table(rows.replace_schema_metadata(metadata))
+    return bytes(sink.getvalue())

@@ -1,0 +1,1 @@
+"""Where results go: ClickHouse (ledger, accruals, documents), Redis (claims), Prometheus."""

@@ -1,0 +1,111 @@
+"""The ClickHouse client, and migrations: SQL files in order, each applied once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+from urllib.parse import urlsplit
+
+import clickhouse_connect
+import pyarrow as pa
+import structlog
+from clickhouse_connect.driver.exceptions import DatabaseError
+
+from streams.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+
+class LedgerUnavailable(Exception):
+    """ClickHouse did not take or answer a statement; it may the next time."""
+
+
+class ClickHouse:
+    """One connection; used by one thread at a time."""
+
+    def __init__(self, settings: Settings) -> None:
+        url = urlsplit(settings.clickhouse)
+        self.database = url.path.strip("/") or "tribill"
+        self._url = url
+        self._client: Any = None
+
+    def query(self, statement: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
+        """The rows of a SELECT."""
+        return list(self._call("query", statement, parameters=parameters).result_rows)
+
+    def query_arrow(self, statement: str, parameters: Mapping[str, Any] | None = None) -> pa.Table:
+        """The rows of a SELECT as an Arrow table."""
+        return self._call("query_arrow", statement, parameters=parameters)
+
+    def command(self, statement: str, parameters: Mapping[str, Any] | None = None) -> None:
+        """A statement without rows."""
+        self._call("command", statement, parameters=parameters)
+
+    def insert(self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Inserts rows as one block; returns when they are durable."""
+        if rows:
+            self._call("insert", table, rows, column_names=columns, settings={"async_insert": 0})
+
+    def insert_arrow(self, table: str, rows: pa.Table) -> None:
+        """Inserts an Arrow table as one block; returns when it is durable."""
+        if rows.num_rows:
+            self._call("insert_arrow", table, rows, settings={"async_insert": 0})
+
+    def migrate(self) -> list[str]:
+        """Applies the migrations that are missing, in order; returns their names."""
+        self._call("command", f"CREATE DATABASE IF NOT EXISTS {quoted(self.database)}", database="")
+        self.command(
+            "CREATE TABLE IF NOT EXISTS migrations (name String, applied_at DateTime64(3, 'UTC') DEFAULT now64(3))"
+            " ENGINE = ReplacingMergeTree ORDER BY name"
+        )
+        done = {name for (name,) in self.query("SELECT name FROM migrations")}
+        applied = []
+        folder = resources.files("sinks").joinpath("migrations")
+        for file in sorted(folder.iterdir(), key=lambda each: each.name):
+            if not file.name.endswith(".sql") or file.name in done:
+                continue
+            for statement in file.read_text().split(";\n"):
+                if statement.strip():
+                    self.command(statement)
+            self.insert("migrations", ["name"], [[file.name]])
+            applied.append(file.name)
+        return applied
+
+    def _call(self, name: str, *arguments: Any, database: str | None = None, **options: Any) -> Any:
+        try:
+            if self._client is None or database is not None:
+                client = self._connect(self.database if database is None else "default")
+                if database is not None:
+                    return getattr(client, name)(*arguments, **options)
+                self._client = client
+            return getattr(self._client, name)(*arguments, **options)
+        except DatabaseError as error:
+            self._client = None
+            raise LedgerUnavailable(str(error)) from error
+        except Exception:
+            self._client = None
+            raise
+
+    def _connect(self, database: str) -> Any:
+        return clickhouse_connect.get_client(
+            host=self._url.hostname or "127.0.0.1",
+            port=self._url.port or (8443 if self._url.scheme == "https" else 8123),
+            secure=self._url.scheme == "https",
+            username=self._url.username or "default",
+            password=self._url.password or "",
+            database=database,
+            autogenerate_session_id=False,
+            connect_timeout=5,
+            send_receive_timeout=300,
+            query_limit=0,
+            # Bound arrays of a batch's ids outgrow a URL.
+            form_encode_query_params=True,
+        )
+
+
+def quoted(identifier: str) -> str:
+    """A database's or table's name inside backquotes; it comes from settings, never from a user."""
+    if not identifier.replace("_", "").isalnum():
+        raise ValueError(f"{identifier!r} is no name of a database")
+    return f"`{identifier}`"

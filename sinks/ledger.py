@@ -1,0 +1,222 @@
+"""The ledger: what was said, kept for ever; what stands of it at a cut is a query."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from rating.book import Service
+from sinks.clickhouse import ClickHouse
+from sinks.positions import Positions, at_cut, cut_parameters, place_text
+from streams.topics import CONTRACT_CHANGES, REFERENCE_CHANGES, USAGE_ACCEPTED
+
+#: The columns of a usage row, as blocks in usage-accepted and the table have them.
+USAGE_SCHEMA = pa.schema(
+    [
+        ("ods_code", pa.string()),
+        ("supplier_id", pa.string()),
+        ("id", pa.string()),
+        ("revision", pa.int64()),
+        ("generation", pa.uint32()),
+        ("topic", pa.string()),
+        ("partition", pa.int32()),
+        ("offset", pa.int64()),
+        ("index", pa.int32()),
+        ("broker_timestamp_ms", pa.int64()),
+        ("accepted_partition", pa.int32()),
+        ("accepted_offset", pa.int64()),
+        ("item_id", pa.string()),
+        ("quantity_micros", pa.int64()),
+        ("occurred_at", pa.timestamp("us", "UTC")),
+        ("day", pa.date32()),
+    ]
+)
+
+#: What stands: of a revision the first by position, of an identity the highest revision.
+_STANDING_TOTALS = """
+SELECT ods_code, content.1 AS item_id, content.2 AS day, sum(toInt256(content.3)) AS quantity_micros,
+       count() AS readings
+FROM (
+    SELECT ods_code, argMax(content, revision) AS content
+    FROM (
+        SELECT ods_code, supplier_id, id, revision,
+               argMin((toString(item_id), toInt32(day), quantity_micros),
+                      (generation, broker_timestamp_ms, topic, partition, offset, index)) AS content
+        FROM usage
+        WHERE {condition}
+        GROUP BY ods_code, supplier_id, id, revision
+    )
+    GROUP BY ods_code, supplier_id, id
+)
+GROUP BY ods_code, item_id, day
+"""
+#: `toInt32` of a date counts from 1970-01-01; ordinals count from 0001-01-01.
+_EPOCH_ORDINAL = 719163
+
+
+@dataclass(frozen=True, slots=True)
+class SaidChange:
+    """A contract or reference change as the ledger keeps it."""
+
+    key: str
+    generation: int
+    partition: int
+    offset: int
+    id: str
+    kind: str
+    accepted: bool
+    reason: str
+    body: dict[str, Any]
+    broker_timestamp_ms: int
+
+
+_CHANGE_COLUMNS = (
+    "generation", "partition", "offset", "id", "kind", "outcome", "reason", "body", "broker_timestamp_ms",
+)  # fmt: skip
+_TABLES = {
+    CONTRACT_CHANGES: ("contract_changes", "order_number"),
+    REFERENCE_CHANGES: ("reference_changes", "code"),
+}
+
+
+class Ledger:
+    """Reads and writes the tables of `0001_ledger.sql`."""
+
+    def __init__(self, clickhouse: ClickHouse) -> None:
+        self._clickhouse = clickhouse
+
+    # --- usage ---
+
+    def insert_usage(self, rows: pa.Table) -> None:
+        """Inserts usage rows of `USAGE_SCHEMA`."""
+        self._clickhouse.insert_arrow("usage", rows.cast(USAGE_SCHEMA))
+
+    def has_usage(self) -> bool:
+        """Whether there is any usage row."""
+        return bool(self._clickhouse.query("SELECT 1 FROM usage LIMIT 1"))
+
+    def known_usage(
+        self, identities: Iterable[tuple[str, str, str]], generation: int, accepted_before: int
+    ) -> list[dict[str, Any]]:
+        """The rows of these identities (practice, supplier, id) accepted before an offset."""
+        practices, suppliers, ids = zip(*identities, strict=True)
+        table = self._clickhouse.query_arrow(
+            """
+            SELECT ods_code, toString(supplier_id) AS supplier_id, id, revision, generation,
+                   toString(topic) AS topic, partition, offset, index, broker_timestamp_ms,
+                   toString(item_id) AS item_id, quantity_micros,
+                   toUnixTimestamp64Micro(occurred_at) AS occurred_at_us, toInt32(day) AS day
+            FROM usage
+            WHERE ods_code IN {practices:Array(String)}
+              AND (ods_code, supplier_id, id) IN (
+                SELECT arrayJoin(arrayZip({practices:Array(String)}, {suppliers:Array(String)}, {ids:Array(String)}))
+              )
+              AND (generation < {generation:UInt32}
+                   OR generation = {generation:UInt32} AND accepted_offset < {before:Int64})
+            """,
+            {
+                "practices": list(practices),
+                "suppliers": list(suppliers),
+                "ids": list(ids),
+                "generation": generation,
+                "before": accepted_before,
+            },
+        )
+        return list(table.to_pylist())
+
+    def totals_of_practices(
+        self, practices: Sequence[str], generation: int, accepted_before: int
+    ) -> dict[tuple[str, str, int], int]:
+        """Day totals in micros by (practice, item, day), of what was accepted before an offset."""
+        condition = """ods_code IN {practices:Array(String)}
+            AND (generation < {generation:UInt32}
+                 OR generation = {generation:UInt32} AND accepted_offset < {before:Int64})"""
+        rows = self._totals(
+            condition, {"practices": list(practices), "generation": generation, "before": accepted_before}
+        )
+        return {(ods_code, item_id, day): quantity for ods_code, item_id, day, quantity in rows}
+
+    def totals_accepted(self, generation: int, positions: Positions) -> dict[Service, dict[int, int]]:
+        """Day totals by (item, practice) and day, at positions in usage-accepted."""
+        place = f"concat('{USAGE_ACCEPTED}/', toString(accepted_partition))"
+        rows = self._totals(at_cut(place, "accepted_offset"), cut_parameters(generation, positions))
+        return _by_service(rows)
+
+    def totals_at_cut(self, generation: int, cut: Positions) -> dict[Service, dict[int, int]]:
+        """Day totals by (item, practice) and day, at a cut of the input topics."""
+        place = "concat(topic, '/', toString(partition))"
+        return _by_service(self._totals(at_cut(place), cut_parameters(generation, cut)))
+
+    def _totals(self, condition: str, parameters: dict[str, Any]) -> Iterable[tuple[str, str, int, int]]:
+        statement = _STANDING_TOTALS.format(condition=condition)
+        for ods_code, item_id, day, quantity, _ in self._clickhouse.query(statement, parameters):
+            yield ods_code, item_id, day + _EPOCH_ORDINAL, quantity
+
+    # --- contract and reference changes ---
+
+    def insert_changes(self, topic: str, changes: Sequence[SaidChange]) -> None:
+        """Inserts changes of `contract-changes` or `reference-changes`."""
+        table, key = _TABLES[topic]
+        rows = [
+            (
+                change.key,
+                change.generation,
+                change.partition,
+                change.offset,
+                change.id,
+                change.kind,
+                "accepted" if change.accepted else "refused",
+                change.reason,
+                json.dumps(change.body, separators=(",", ":"), sort_keys=True),
+                change.broker_timestamp_ms,
+            )
+            for change in changes
+        ]
+        self._clickhouse.insert(table, (key, *_CHANGE_COLUMNS), rows)
+
+    def changes(self, topic: str, generation: int, positions: Positions) -> list[SaidChange]:
+        """All changes at these positions, in log order."""
+        table, key = _TABLES[topic]
+        condition = at_cut(f"concat('{topic}/', toString(partition))")
+        rows = self._clickhouse.query(
+            f"SELECT {key}, {', '.join(_CHANGE_COLUMNS)} FROM {table} FINAL WHERE {condition}"  # noqa: S608
+            " ORDER BY generation, partition, offset",
+            cut_parameters(generation, positions),
+        )
+        return [
+            SaidChange(
+                row[0], row[1], row[2], row[3], row[4], row[5], row[6] == "accepted", row[7], json.loads(row[8]), row[9]
+            )
+            for row in rows
+        ]
+
+    def positions_seen(self, generation: int) -> dict[str, int]:
+        """The end offset of every input partition that the ledger has rows of, in a life of the log."""
+        rows = self._clickhouse.query(
+            """
+            SELECT concat(topic, '/', toString(partition)), max(offset) + 1 FROM usage
+            WHERE generation = {generation:UInt32} GROUP BY topic, partition
+            UNION ALL SELECT concat('contract-changes/', toString(partition)), max(offset) + 1
+            FROM contract_changes WHERE generation = {generation:UInt32} GROUP BY partition
+            UNION ALL SELECT concat('reference-changes/', toString(partition)), max(offset) + 1
+            FROM reference_changes WHERE generation = {generation:UInt32} GROUP BY partition
+            """,
+            {"generation": generation},
+        )
+        return {str(place): int(end) for place, end in rows}
+
+
+def _by_service(rows: Iterable[tuple[str, str, int, int]]) -> dict[Service, dict[int, int]]:
+    usage: dict[Service, dict[int, int]] = {}
+    for ods_code, item_id, day, quantity in rows:
+        usage.setdefault((item_id, ods_code), {})[day] = quantity
+    return usage
+
+
+def everything(partitions: Iterable[tuple[str, int]], ends: dict[tuple[str, int], int]) -> dict[str, int]:
+    """End offsets by partition, as positions."""
+    return {place_text(*place): ends.get(place, 0) for place in partitions}

@@ -1,0 +1,224 @@
+"""The worker of one role: a Faust app whose agent does a partition's batches in order.
+
+The order of steps for every batch, and what is left when each fails:
+
+1. The agent does the batch: the ledger has its rows, the broker has acknowledged what follows.
+   If a sink fails here, nothing is acknowledged; the batch is tried again in place, which is
+   harmless because every write is absolute and keyed by the record's position.
+2. The batch is acknowledged.  If the process dies before, the batch is read again.
+3. The offset is committed.  If that fails, the batch is read again: the same as 2.
+
+An error that is not a sink's is a bug: the process ends, says so, and nothing is acknowledged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol
+
+import faust
+import prometheus_client
+import structlog
+from clickhouse_connect.driver.exceptions import OperationalError
+from confluent_kafka import KafkaException
+from faust.types import TP
+from redis.exceptions import RedisError
+from urllib3.exceptions import HTTPError
+from yarl import URL
+
+from sinks import metrics
+from sinks.clickhouse import LedgerUnavailable
+from streams.batch import Batch
+from streams.producer import DeliveryFailed
+from streams.settings import Settings
+from streams.transport import Transport
+
+log = structlog.get_logger(__name__)
+
+#: What a sink raises when it may work the next time.
+SINK_ERRORS = (
+    LedgerUnavailable,
+    OperationalError,
+    RedisError,
+    DeliveryFailed,
+    KafkaException,
+    HTTPError,
+    ConnectionError,
+    TimeoutError,
+)
+RETRY_SECONDS = (0.1, 0.5, 1, 2, 5, 10)
+#: A worker that has had a batch in hand for longer than this is not healthy.
+STUCK_SECONDS = 300
+
+
+class Agent(Protocol):
+    """One agent: it does a batch as a whole, and returns only when all of it is done."""
+
+    role: ClassVar[str]
+    #: Called when this many seconds have passed without a batch; 0: never.
+    idle_seconds: ClassVar[float]
+
+    def topics(self) -> Sequence[str]:
+        """What it reads."""
+        ...
+
+    def do(self, batch: Batch) -> None:
+        """Does a batch.  Raises one of SINK_ERRORS when it may work the next time."""
+        ...
+
+    def idle(self) -> None:
+        """What is to be done with time, not with a record."""
+        ...
+
+
+class _App(faust.App):  # type: ignore[misc]  # faust is untyped
+    def _new_transport(self) -> Any:
+        return Transport(self.conf.broker_consumer, self)
+
+
+class Worker:
+    """Runs an agent in a Faust worker until SIGTERM."""
+
+    def __init__(self, agent: Agent, settings: Settings) -> None:
+        self.agent = agent
+        self.settings = settings
+        self.in_hand_since: float | None = None
+        self.app = self._new_app()
+
+    def run(self) -> int:
+        """Blocks until the worker is stopped; returns the exit code."""
+        structlog.configure(
+            processors=[
+                structlog.contextvars.merge_contextvars,
+                structlog.processors.add_log_level,
+                structlog.processors.TimeStamper(fmt="iso"),
+                structlog.processors.format_exc_info,
+                structlog.processors.JSONRenderer(),
+            ],
+            logger_factory=structlog.PrintLoggerFactory(sys.__stderr__),
+        )
+        faust.Worker(
+            self.app,
+            loglevel=logging.WARNING,
+            quiet=True,
+            redirect_stdouts=False,
+            console_port=0,
+        ).execute_from_commandline()
+        return 0
+
+    def _new_app(self) -> faust.App:
+        settings = self.settings
+        security: dict[str, Any] = {}
+        if settings.kafka_security != "plaintext":
+            security["broker_credentials"] = _credentials(settings)
+        app = _App(
+            f"tribill-{self.agent.role}",
+            broker=[URL(f"aiokafka://{each.strip()}") for each in settings.kafka.split(",")],
+            store="memory://",
+            key_serializer="raw",
+            value_serializer="raw",
+            topic_disable_leader=True,
+            topic_allow_declare=False,
+            broker_session_timeout=10.0,
+            broker_rebalance_timeout=10.0,
+            broker_heartbeat_interval=2.0,
+            broker_request_timeout=30.0,
+            broker_max_poll_records=settings.batch_records,
+            consumer_max_fetch_size=8 * 1024 * 1024,
+            consumer_auto_offset_reset="earliest",
+            stream_wait_empty=False,
+            stream_buffer_maxsize=2,
+            web_enabled=True,
+            web_bind=settings.bind,
+            web_port=settings.worker_port,
+            web_host="127.0.0.1",
+            **security,
+        )
+        topics = app.topic(*self.agent.topics(), value_serializer="raw", key_serializer="raw")
+
+        async def work(stream: Any) -> None:
+            async for event in stream.noack().events():
+                await self._do(event)
+
+        app.agent(topics, name=self.agent.role)(work)
+        if self.agent.idle_seconds:
+            app.timer(self.agent.idle_seconds)(self._idle)
+        self._serve(app)
+        return app
+
+    async def _do(self, event: Any) -> None:
+        message = event.message
+        batch = Batch(message.topic, message.partition, message.value)
+        self.in_hand_since = started = time.monotonic()
+        attempt = 0
+        with structlog.contextvars.bound_contextvars(
+            agent=self.agent.role, topic=batch.topic, partition=batch.partition, offset=batch.first_offset
+        ):
+            while True:
+                try:
+                    await asyncio.to_thread(self.agent.do, batch)
+                    break
+                except SINK_ERRORS as error:
+                    wait = RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)]
+                    attempt += 1
+                    metrics.SINK_RETRIES.labels(self.agent.role, type(error).__name__).inc()
+                    log.warning("sink failed, trying again", error=str(error)[:300], attempt=attempt, wait=wait)
+                    await asyncio.sleep(wait)
+                except Exception:
+                    log.exception("a bug: the batch is not acknowledged and the worker ends")
+                    await self.app.crash(SystemExit(70))
+                    raise
+        event.ack()
+        await self.app.consumer.commit({TP(batch.topic, batch.partition)})
+        self.in_hand_since = None
+        metrics.BATCH_SECONDS.labels(self.agent.role).observe(time.monotonic() - started)
+        metrics.WATERMARK.labels(self.agent.role, batch.topic, str(batch.partition)).set(
+            batch.records[-1].timestamp / 1000
+        )
+
+    async def _idle(self) -> None:
+        if self.in_hand_since is None:
+            try:
+                await asyncio.to_thread(self.agent.idle)
+            except SINK_ERRORS as error:
+                log.warning("sink failed in idle work", agent=self.agent.role, error=str(error)[:300])
+
+    def _serve(self, app: faust.App) -> None:
+        @app.page("/metrics")  # type: ignore[untyped-decorator]
+        async def show_metrics(web: Any, request: Any) -> Any:
+            return web.bytes(prometheus_client.generate_latest(), content_type="text/plain")
+
+        @app.page("/health")  # type: ignore[untyped-decorator]
+        async def show_health(web: Any, request: Any) -> Any:
+            stuck = self.in_hand_since is not None and time.monotonic() - self.in_hand_since > STUCK_SECONDS
+            return web.json({"stuck": stuck}, status=503 if stuck else 200)
+
+        @app.page("/ready")  # type: ignore[untyped-decorator]
+        async def show_ready(web: Any, request: Any) -> Any:
+            ready = app.assignor is not None and bool(_assignment(app)) and not app.rebalancing
+            return web.json({"ready": ready}, status=200 if ready else 503)
+
+
+def _assignment(app: faust.App) -> set[TP]:
+    try:
+        return set(app.consumer.assignment())
+    except Exception:  # before the consumer thread has started there is none to ask
+        return set()
+
+
+def _credentials(settings: Settings) -> Any:
+    import ssl
+
+    context = ssl.create_default_context() if settings.kafka_security in ("ssl", "sasl_ssl") else None
+    if settings.kafka_sasl_mechanism:
+        return faust.SASLCredentials(
+            username=settings.kafka_username,
+            password=settings.kafka_password,
+            mechanism=settings.kafka_sasl_mechanism,
+            ssl_context=context,
+        )
+    return faust.SSLCredentials(context)
