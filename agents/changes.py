@@ -119,9 +119,7 @@ class ChangesAgent(Generic[Log]):
     def _restore(self, batch: Batch) -> _Logs[Log]:
         logs: _Logs[Log] = _Logs(batch.first_offset)
         place = place_text(self.topic, batch.partition)
-        for change in self._context.ledger.changes(
-            self.topic, self._generation, {place: batch.first_offset}
-        ):
+        for change in self._context.ledger.changes(self.topic, self._generation, {place: batch.first_offset}):
             if partition_for(change.key, self._partitions) == batch.partition:
                 log = self._log(logs, change.key)
                 if change.accepted:
@@ -139,9 +137,7 @@ class ChangesAgent(Generic[Log]):
         place = (batch.topic, batch.partition, record.offset)
 
         def refuse(reason: str, field: str) -> None:
-            decided.letters.append(
-                DeadLetter(*place, reason, field, 0, record.key, record.value, record.timestamp)
-            )
+            decided.letters.append(DeadLetter(*place, reason, field, 0, record.key, record.value, record.timestamp))
 
         try:
             value = to_interchange(self.schema, self._context.codec.decode(record.value, (self.schema,)).value)
@@ -226,9 +222,7 @@ class ChangesAgent(Generic[Log]):
             "end_offset": end,
         }
         value = {"source": source, "kind": kind, "changes": chunk}
-        self._context.outbox.send(
-            topic, self._context.codec.encode("AcceptedChanges", value), partition=partition
-        )
+        self._context.outbox.send(topic, self._context.codec.encode("AcceptedChanges", value), partition=partition)
 
 
 def _kind(value: Any) -> str:

@@ -21,9 +21,7 @@ class Context:
         self.outbox = Outbox(settings)
         self.clickhouse = ClickHouse(settings)
         self.ledger = Ledger(self.clickhouse)
-        self.dead_letters = DeadLetters(
-            role, settings.log_generation, self.clickhouse, self.outbox, self.codec
-        )
+        self.dead_letters = DeadLetters(role, settings.log_generation, self.clickhouse, self.outbox, self.codec)
 
     def claims(self) -> Claims:
         """The claim store; only the usage agent needs Redis."""

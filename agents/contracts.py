@@ -36,8 +36,10 @@ class Contracts(ChangesAgent[OrderLog]):
         A partition that an order reaches for the first time needs all that was said of the order.
         """
         by_partition: dict[int, list[SaidChange]] = {each: [] for each in range(self._partitions)}
-        for number in {change.key: None for change in accepted}:
-            ours = [change for change in accepted if change.key == number]
+        by_order: dict[str, list[SaidChange]] = {}
+        for change in accepted:
+            by_order.setdefault(change.key, []).append(change)
+        for number, ours in by_order.items():
             placings = [each for each in logs[number].accepted if isinstance(each.body, OrderPlaced)]
             new = {change.id for change in ours}
             before = self._reach(each for each in placings if each.id not in new)
@@ -57,6 +59,4 @@ class Contracts(ChangesAgent[OrderLog]):
             self.send(CHARGE_INPUTS, partition, batch, "contract", changes)
 
     def _reach(self, placings: Any) -> set[int]:
-        return {
-            partition_for(line.item_id, self._partitions) for each in placings for line in each.body.lines
-        }
+        return {partition_for(line.item_id, self._partitions) for each in placings for line in each.body.lines}

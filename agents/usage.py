@@ -48,7 +48,12 @@ Identity = tuple[str, str, str]
 _EPOCH_ORDINAL = 719163
 
 TOTALS_SCHEMA = pa.schema(
-    [("ods_code", pa.string()), ("item_id", pa.string()), ("day", pa.int32()), ("quantity_micros", pa.string())]
+    [
+        ("ods_code", pa.string()),
+        ("item_id", pa.string()),
+        ("day", pa.int32()),
+        ("quantity_micros", pa.string()),
+    ]
 )
 
 
@@ -128,7 +133,8 @@ class Usage:
             assert isinstance(frame, pl.DataFrame)
             frames.append(frame.with_columns(accepted_offset=pl.lit(record.offset, pl.Int64)))
         return pl.concat(frames).with_columns(
-            generation=pl.lit(self._generation, pl.UInt32), accepted_partition=pl.lit(batch.partition, pl.Int32)
+            generation=pl.lit(self._generation, pl.UInt32),
+            accepted_partition=pl.lit(batch.partition, pl.Int32),
         )
 
     # --- steps 1 and 2: what is new ---
@@ -144,9 +150,7 @@ class Usage:
         else:
             copies, certain = suspects, rows
         outcome = _Outcome(certain, {}, [])
-        grouped = certain.group_by("ods_code", "item_id", "day").agg(
-            pl.col("quantity_micros").cast(pl.Int128).sum()
-        )
+        grouped = certain.group_by("ods_code", "item_id", "day").agg(pl.col("quantity_micros").cast(pl.Int128).sum())
         for ods_code, item_id, day, quantity in grouped.iter_rows():
             outcome.change[ods_code, item_id, day.toordinal()] = quantity
         if copies.height:
@@ -154,9 +158,9 @@ class Usage:
         return outcome
 
     def _certainly_new(self, rows: pl.DataFrame) -> pl.Series:
-        identities = rows.select(
-            pl.concat_str("supplier_id", "ods_code", "id", separator="/").alias("identity")
-        )["identity"].to_list()
+        identities = rows.select(pl.concat_str("supplier_id", "ods_code", "id", separator="/").alias("identity"))[
+            "identity"
+        ].to_list()
         claims = rows.select(
             pl.concat_str(
                 pl.lit(str(self._generation)), "accepted_offset", "topic", "partition", "offset", "index", "revision",
@@ -223,9 +227,7 @@ class Usage:
     def _load(self, totals: _Totals, practices: set[str], offset: int) -> None:
         missing = practices - totals.practices
         if missing:
-            totals.micros |= self._context.ledger.totals_of_practices(
-                sorted(missing), self._generation, offset
-            )
+            totals.micros |= self._context.ledger.totals_of_practices(sorted(missing), self._generation, offset)
             totals.practices |= missing
 
     def _publish(self, batch: Batch, totals: Mapping[DayKey, int]) -> None:

@@ -23,9 +23,7 @@ class Conflict(Refused):
     """An id said before with other content; the first in the log stands."""
 
     def __init__(self, change_id: str) -> None:
-        super().__init__(
-            "id", f"{change_id!r} was said before with other content; a correction needs a new id"
-        )
+        super().__init__("id", f"{change_id!r} was said before with other content; a correction needs a new id")
 
 
 class OrderLog:
@@ -91,9 +89,7 @@ class OrderLog:
         where = f"change.{type(body).__name__}"
         if isinstance(body, said.Retracted):
             if all(body.change_id != earlier.id for earlier in self.accepted):
-                raise Refused(
-                    f"{where}.change_id", f"{body.change_id!r} is no earlier change of {self.number}"
-                )
+                raise Refused(f"{where}.change_id", f"{body.change_id!r} is no earlier change of {self.number}")
             return
         if isinstance(body, said.OrderPlaced):
             self._check_placing(body, where)
@@ -116,17 +112,13 @@ class OrderLog:
             raise Refused(f"{where}.order_id", f"{body.order_id} has been placed already")
         if order.headers and body.header != order.header:
             names = [
-                name
-                for name in said.Header.__slots__
-                if getattr(body.header, name) != getattr(order.header, name)
+                name for name in said.Header.__slots__ if getattr(body.header, name) != getattr(order.header, name)
             ]
             raise Refused(where, f"does not repeat the order's header as first written: {', '.join(names)}")
         seen = set(order.lines)
         for index, line in enumerate(body.lines):
             if (line.item_id, line.ods_code) in seen:
-                raise Refused(
-                    f"{where}.lines[{index}]", f"repeats the line {line.item_id} at {line.ods_code}"
-                )
+                raise Refused(f"{where}.lines[{index}]", f"repeats the line {line.item_id} at {line.ods_code}")
             seen.add((line.item_id, line.ods_code))
 
     def _check_price(self, body: said.PriceAgreed, now: said.Price, where: str, ods_code: str) -> None:
@@ -163,9 +155,7 @@ class CodeLog:
                 raise Refused("id", f"{change_id!r} was refused before; a correction needs a new id")
             body = change.body
             if isinstance(body, said.Retracted) and body.change_id not in self._accepted:
-                raise Refused(
-                    "change.Retracted.change_id", f"{body.change_id!r} is no earlier change of {self.code}"
-                )
+                raise Refused("change.Retracted.change_id", f"{body.change_id!r} is no earlier change of {self.code}")
         except Refused:
             if isinstance(change_id, str) and change_id not in self._accepted:
                 self._refused[change_id] = value

@@ -234,6 +234,7 @@ class Reference:
     def __init__(self) -> None:
         self.codes: dict[str, CodeFacts] = {}
         self._logs: dict[str, list[ReferenceChange]] = {}
+        self._patients_under: dict[int, dict[str, int]] = {}
 
     @classmethod
     def fold(cls, changes: Iterable[ReferenceChange]) -> Reference:
@@ -245,6 +246,7 @@ class Reference:
 
     def say(self, change: ReferenceChange) -> None:
         """Adds one accepted change; a retraction folds its code's log anew."""
+        self._patients_under.clear()
         log = self._logs.setdefault(change.code, [])
         log.append(change)
         if not isinstance(change.body, said.Retracted):
@@ -270,18 +272,22 @@ class Reference:
         """Whether every requirement named for the item covers the day (3.7)."""
         return all(spans.covers(day) for spans in self.of(item_id).acceptances.values())
 
-    def practices_under(self, party: str, day: int) -> list[str]:
-        """The codes under a party by commissioner membership on a day, through any number of parents."""
-        under = []
-        for code in self.codes:
-            seen, parent = {code}, self._commissioner(code, day)
-            while parent is not None and parent not in seen:
-                if parent == party:
-                    under.append(code)
-                    break
-                seen.add(parent)
-                parent = self._commissioner(parent, day)
-        return under
+    def patients_under(self, day: int) -> Mapping[str, int]:
+        """The patients registered on a day with all practices under each commissioner (3.9).
+
+        By commissioner membership on that day, through any number of parents.
+        """
+        if day not in self._patients_under:
+            under: dict[str, int] = {}
+            for code, facts in self.codes.items():
+                patients = facts.list_sizes.at(day)
+                seen, parent = {code}, self._commissioner(code, day)
+                while patients and parent is not None and parent not in seen:
+                    under[parent] = under.get(parent, 0) + patients
+                    seen.add(parent)
+                    parent = self._commissioner(parent, day)
+            self._patients_under[day] = under
+        return self._patients_under[day]
 
     def _commissioner(self, code: str, day: int) -> str | None:
         timeline = self.of(code).memberships.get("commissioner")
@@ -302,17 +308,20 @@ class Book:
         self.reference = reference
         self.usage = usage
         self.by_service: dict[Service, list[Line]] = {}
+        #: The lines that a code is about: a practice's, or an item's.
+        self.by_code: dict[str, list[Line]] = {}
         for order in sorted(self.orders.values(), key=attrgetter("number")):
             for service, line in order.lines.items():
                 self.by_service.setdefault(service, []).append(line)
+                for code in service:
+                    self.by_code.setdefault(code, []).append(line)
 
     def takers(self, service: Service, day: int) -> list[Line]:
         """The lines live on the day at an on-demand price; the first, of the lowest order, takes it (3.3)."""
         return [
             line
             for line in self.by_service.get(service, [])
-            if line.live(self.reference)[0] <= day < line.live(self.reference)[1]
-            and line.price.at(day).is_on_demand
+            if line.live(self.reference)[0] <= day < line.live(self.reference)[1] and line.price.at(day).is_on_demand
         ]
 
     def suspense(self) -> dict[tuple[str, str, int], int]:

@@ -99,8 +99,7 @@ def derive(book: Book, period: int) -> Derivation:
         for month, line_month in sorted(months.items()):
             derived.exact[line.key, month] = line_month.exact
             shares = sum_shares(
-                group.settle(coverage(group.party, month) if group.wanted else ZERO)
-                for group in line_month.groups
+                group.settle(coverage(group.party, month) if group.wanted else ZERO) for group in line_month.groups
             )
             grown = entitlement.add_month(shares, payer_order(line, month))
             for payer, pence in grown.items():

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from rating.amounts import MICROS
+from rating.amounts import MICROS, PENNY
 from rating.book import Book, Line, Reference
 from rating.calendar import days_in, financial_year, financial_year_months, first_day, last_day
-from rating.charges import ZERO, MonthCharge
+from rating.charges import ZERO, MonthCharge, quantity_pieces
 from rating.records import ENGLAND, ORDERING_PARTY, Waterfall
 
 #: The fraction of what would draw on a party's allocation in a month that it covers.
@@ -73,7 +73,7 @@ def groups(line: Line, month: int, charge: MonthCharge, book: Book) -> list[Grou
     for (waterfall, party, accepted), days in spans.items():
         exact = sum((charge.between(first, until) for first, until in days), ZERO)
         if exact:
-            found.append(_group(line, month, waterfall, party, accepted, days, exact, book.reference))
+            found.append(_group(line, month, waterfall, party, accepted, days, exact, book))
     return found
 
 
@@ -85,7 +85,7 @@ def _group(
     accepted: bool,
     days: list[tuple[int, int]],
     charge: Fraction,
-    reference: Reference,
+    book: Book,
 ) -> Group:
     before: list[tuple[str, Fraction]] = []
     after: list[tuple[str, Fraction]] = []
@@ -99,7 +99,7 @@ def _group(
         if step.take == "share":
             limit = charge * Fraction(step.amount_micros, MICROS)
         elif charge > 0:
-            limit = _cap(line, month, step.amount_micros, days, reference)
+            limit = _cap(line, month, step.amount_micros, days, book)
         else:
             limit = ZERO
         if allocation_payer is None:
@@ -112,16 +112,23 @@ def _group(
     return Group(party, charge, tuple(before), allocation_payer, wanted, tuple(after), rest)
 
 
-def _cap(
-    line: Line, month: int, amount_micros: int, days: list[tuple[int, int]], reference: Reference
-) -> Fraction:
-    """`per_patient_year`: amount x list size / 12 / days in the month, over the group's calendar days."""
-    sizes = reference.of(line.ods_code).list_sizes
-    patient_days = 0
+def _cap(line: Line, month: int, amount_micros: int, days: list[tuple[int, int]], book: Book) -> Fraction:
+    """`per_patient_year`: amount x list size / 12 / days in the month, over the group's calendar days.
+
+    Before the practice's first list size the ordered quantity of a line priced per patient stands
+    in for it; in a cap of another line it is 0 (2.2).
+    """
+    sizes = book.reference.of(line.ods_code).list_sizes
+    patient_day_micros = 0
     for first, end in days:
         for low, high, patients in sizes.pieces(first, end):
-            patient_days += (patients or 0) * (high - low)
-    return Fraction(amount_micros * patient_days, 12 * days_in(month) * 10_000)
+            if patients is not None:
+                patient_day_micros += patients * MICROS * (high - low)
+                continue
+            for at, to, price, quantity in quantity_pieces(line, book, low, high):
+                if price.provisioning == "patient":
+                    patient_day_micros += quantity * (to - at)
+    return Fraction(amount_micros * patient_day_micros, 12 * days_in(month) * PENNY)
 
 
 def allocation_exact(reference: Reference, party: str, year: int) -> Fraction:
@@ -135,10 +142,7 @@ def allocation_exact(reference: Reference, party: str, year: int) -> Fraction:
     national = reference.of(ENGLAND).allocations.get(year)
     if national is None or national.ordering_party is not None:
         return ZERO
-    patients = sum(
-        reference.of(code).list_sizes.at(national.as_of) or 0
-        for code in reference.practices_under(party, national.as_of)
-    )
+    patients = reference.patients_under(national.as_of).get(party, 0)
     return Fraction(national.per_patient_micros * patients, 10_000)
 
 

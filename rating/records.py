@@ -296,14 +296,7 @@ class Allocation:
 
 
 ReferenceBody = (
-    ListSize
-    | Membership
-    | PracticeOpened
-    | PracticeClosed
-    | PracticeMerged
-    | ServiceAccepted
-    | Allocation
-    | Retracted
+    ListSize | Membership | PracticeOpened | PracticeClosed | PracticeMerged | ServiceAccepted | Allocation | Retracted
 )
 
 
@@ -431,9 +424,7 @@ def read_instant(fields: Fields, name: str) -> datetime:
     try:
         at = datetime.fromisoformat(value)
     except ValueError:
-        raise Refused(
-            fields.at(name), f"is {_shown(value)}, not an instant like 2026-04-01T09:00:00Z"
-        ) from None
+        raise Refused(fields.at(name), f"is {_shown(value)}, not an instant like 2026-04-01T09:00:00Z") from None
     if at.tzinfo is None:
         raise Refused(fields.at(name), f"{_shown(value)} has no offset; end it with Z or +01:00")
     return at

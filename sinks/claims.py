@@ -71,9 +71,7 @@ class Claims:
         emptied_at = 0.0
         for start in range(0, len(identities), _CHUNK):
             arguments: list[str | int] = [int(time.time()), self._keep_seconds]
-            for identity, each in zip(
-                identities[start : start + _CHUNK], claim[start : start + _CHUNK], strict=True
-            ):
+            for identity, each in zip(identities[start : start + _CHUNK], claim[start : start + _CHUNK], strict=True):
                 arguments += ["u:" + identity, each]
             found = self._script(keys=[_GENERATION_KEY], args=arguments)
             since = float(found[0])
@@ -86,7 +84,5 @@ class Claims:
             standing += [each.decode() if each is not None else None for each in found[2:]]
         if self._never_certain:
             return standing, datetime.max.replace(tzinfo=UTC)
-        certain_after = max(
-            datetime.fromtimestamp(emptied_at, UTC) + _AHEAD, datetime.now(UTC) - self._window + _AHEAD
-        )
+        certain_after = max(datetime.fromtimestamp(emptied_at, UTC) + _AHEAD, datetime.now(UTC) - self._window + _AHEAD)
         return standing, certain_after

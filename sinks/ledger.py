@@ -189,7 +189,16 @@ class Ledger:
         )
         return [
             SaidChange(
-                row[0], row[1], row[2], row[3], row[4], row[5], row[6] == "accepted", row[7], json.loads(row[8]), row[9]
+                row[0],
+                row[1],
+                row[2],
+                row[3],
+                row[4],
+                row[5],
+                row[6] == "accepted",
+                row[7],
+                json.loads(row[8]),
+                row[9],
             )
             for row in rows
         ]

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 
+class NotYet(Exception):
+    """A batch that can't be done before something else has happened; the message says what."""
+
+
 class Record(Protocol):
     """A record as aiokafka delivers it."""
 

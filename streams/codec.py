@@ -113,9 +113,7 @@ class Codec:
         if name not in self._ids:
             from confluent_kafka.schema_registry import Schema
 
-            number = self._registry.register_schema(
-                f"tribill.{name}", Schema(json.dumps(schema_source(name)), "AVRO")
-            )
+            number = self._registry.register_schema(f"tribill.{name}", Schema(json.dumps(schema_source(name)), "AVRO"))
             self._ids[name] = number
             self._writers[number] = (name, _parsed(name))
         return self._ids[name]
@@ -184,7 +182,7 @@ def _to_avro(schema: Any, value: object, path: str, named: Mapping[str, Any]) ->
     if kind == "record":
         if not isinstance(value, Mapping):
             raise Refused(path, f"is {_shown(value)}, not a record of named fields")
-        record = {}
+        record: dict[str, Any] = {}
         for field in schema["fields"]:
             where = f"{path}.{field['name']}" if path else field["name"]
             given = value.get(field["name"])

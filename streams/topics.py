@@ -50,7 +50,7 @@ def configurations(settings: Settings) -> dict[str, tuple[int, dict[str, str]]]:
     for_ever = {"retention.ms": "-1"}
     blocks = {"max.message.bytes": str(BLOCK_MAX_BYTES)}
     return {
-        **{name: (many, _APPENDED_AT | blocks) for name in usage_topics(settings)},
+        **dict.fromkeys(usage_topics(settings), (many, _APPENDED_AT | blocks)),
         CONTRACT_CHANGES: (many, _APPENDED_AT | for_ever | blocks),
         REFERENCE_CHANGES: (many, _APPENDED_AT | for_ever | blocks),
         # One partition: periods close in order.

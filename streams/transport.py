@@ -57,9 +57,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]  # faust is untyped
 
 def _fold(records: list[Any]) -> Folded:
     last = records[-1]
-    return Folded(
-        last.topic, last.partition, last.offset, last.timestamp, last.timestamp_type, list(records)
-    )
+    return Folded(last.topic, last.partition, last.offset, last.timestamp, last.timestamp_type, list(records))
 
 
 class Transport(driver.Transport):  # type: ignore[misc]

@@ -32,7 +32,7 @@ from yarl import URL
 
 from sinks import metrics
 from sinks.clickhouse import LedgerUnavailable
-from streams.batch import Batch
+from streams.batch import Batch, NotYet
 from streams.producer import DeliveryFailed
 from streams.settings import Settings
 from streams.transport import Transport
@@ -50,6 +50,7 @@ SINK_ERRORS = (
     ConnectionError,
     TimeoutError,
 )
+WAIT_SECONDS = 0.2
 RETRY_SECONDS = (0.1, 0.5, 1, 2, 5, 10)
 #: A worker that has had a batch in hand for longer than this is not healthy.
 STUCK_SECONDS = 300
@@ -123,10 +124,10 @@ class Worker:
             value_serializer="raw",
             topic_disable_leader=True,
             topic_allow_declare=False,
-            broker_session_timeout=10.0,
-            broker_rebalance_timeout=10.0,
-            broker_heartbeat_interval=2.0,
-            broker_request_timeout=30.0,
+            broker_session_timeout=float(settings.session_timeout_seconds),
+            broker_rebalance_timeout=float(settings.session_timeout_seconds),
+            broker_heartbeat_interval=settings.session_timeout_seconds / 6,
+            broker_request_timeout=max(40.0, settings.session_timeout_seconds + 10.0),
             broker_max_poll_records=settings.batch_records,
             consumer_max_fetch_size=8 * 1024 * 1024,
             consumer_auto_offset_reset="earliest",
@@ -162,6 +163,11 @@ class Worker:
                 try:
                     await asyncio.to_thread(self.agent.do, batch)
                     break
+                except NotYet as reason:
+                    # Waiting for others is no sign of being stuck.
+                    self.in_hand_since = time.monotonic()
+                    log.debug("waiting", reason=str(reason))
+                    await asyncio.sleep(WAIT_SECONDS)
                 except SINK_ERRORS as error:
                     wait = RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)]
                     attempt += 1

@@ -1,0 +1,393 @@
+"""Charges: rates the lines of each item as what they follow from arrives, into running accruals.
+
+Reads `charge-inputs`, partitioned by item: accepted contract and reference changes, and day totals.
+All are absolute, so applying one twice is harmless.  Writes `accruals` (a row a line and month) and
+what each would draw on an allocation to `funding-inputs`.
+
+The order of steps for a batch:
+
+1. The inputs are applied to the state of the partition.  The state holds for one offset; for any
+   other it is read from the ledger at the positions that the accruals counted at that offset.
+2. The lines touched are rated, and the rows that changed are inserted, with the batch's end as
+   their version.  If the process dies after this, the batch is read again and gives the same rows.
+3. The positions that the accruals now count are inserted.
+4. What changed goes to `funding-inputs` and `accruals`, and the broker acknowledges both.  Only
+   then is the batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, date, datetime
+from fractions import Fraction
+from threading import Lock
+from typing import Any, ClassVar
+
+import pyarrow as pa
+
+from agents.context import Context
+from rating.book import Book, Line, LineKey, Order, Reference, Service
+from rating.calendar import LONDON, month_of, month_text, parse_month
+from rating.charges import MonthCharge, first_month, rate_month
+from rating.funding import groups
+from rating.records import (
+    ContractChange,
+    ListSize,
+    PracticeClosed,
+    PracticeMerged,
+    ReferenceChange,
+    Retracted,
+    ServiceAccepted,
+    read_contract_change,
+    read_reference_change,
+)
+from sinks import metrics
+from sinks.accruals import AccrualRow, Accruals, fraction_text, group_json
+from sinks.positions import place_text, version
+from streams.batch import Batch, Record
+from streams.topics import (
+    ACCRUALS,
+    CHARGE_INPUTS,
+    CONTRACT_CHANGES,
+    FUNDING_INPUTS,
+    REFERENCE_CHANGES,
+    USAGE_ACCEPTED,
+    partition_for,
+)
+
+#: Generation, partition and offset of a contract change: its place in the order's log.
+Place = tuple[int, int, int]
+#: Order number and item id: lines that are rated together.
+OrderItem = tuple[str, str]
+_ALWAYS = -1
+
+
+@dataclass(slots=True)
+class _State:
+    """All that a partition's items' charges follow from, as of an offset in charge-inputs."""
+
+    offset: int
+    positions: dict[str, int] = field(default_factory=dict)
+    contracts: dict[str, dict[Place, ContractChange]] = field(default_factory=dict)
+    orders: dict[str, Order] = field(default_factory=dict)
+    reference: Reference = field(default_factory=Reference)
+    usage: dict[Service, dict[int, int]] = field(default_factory=dict)
+    book: Book | None = None
+    #: Months of a line that have a row, with the row's hash (None: not known) and wanted parties.
+    written: dict[LineKey, dict[int, tuple[int | None, frozenset[str]]]] = field(default_factory=dict)
+    #: Months to rate again: by order and item, and from a first month on.
+    dirty_months: dict[OrderItem, set[int]] = field(default_factory=dict)
+    dirty_since: dict[OrderItem, int] = field(default_factory=dict)
+    changed_orders: set[str] = field(default_factory=set)
+    horizon: int = 0
+
+
+class Charges:
+    """The agent of role `charges`."""
+
+    role: ClassVar[str] = "charges"
+    idle_seconds: ClassVar[float] = 60
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._accruals = Accruals(context.clickhouse)
+        self._generation = context.settings.log_generation
+        self._partitions = context.settings.partitions
+        self._states: dict[int, _State] = {}
+        self._lock = Lock()
+
+    def topics(self) -> Sequence[str]:
+        """`charge-inputs`."""
+        return [CHARGE_INPUTS]
+
+    def do(self, batch: Batch) -> None:
+        """Does a batch; see the steps above."""
+        with self._lock:
+            state = self._states.pop(batch.partition, None)
+            if state is None or state.offset != batch.first_offset:
+                state = self._restore(batch)
+            for record in batch.records:
+                self._apply(record, state, batch.partition)
+            state.offset = batch.end_offset
+            self._flush(state, batch.partition)
+            self._states[batch.partition] = state
+        metrics.RECORDS.labels(self.role, "accepted").inc(len(batch.records))
+
+    def idle(self) -> None:
+        """Writes accruals ahead when the month has changed."""
+        with self._lock:
+            for partition in list(self._states):
+                if self._states[partition].horizon != self._horizon():
+                    state = self._states.pop(partition)
+                    self._flush(state, partition)
+                    self._states[partition] = state
+
+    # --- step 1: state ---
+
+    def _restore(self, batch: Batch) -> _State:
+        ledger, generation = self._context.ledger, self._generation
+        positions = self._accruals.positions(batch.partition, generation, batch.first_offset)
+        state = _State(batch.first_offset, dict(positions))
+        for change in ledger.changes(CONTRACT_CHANGES, generation, positions):
+            if change.accepted:
+                place = (change.generation, change.partition, change.offset)
+                state.contracts.setdefault(change.key, {})[place] = read_contract_change(change.body)
+        for number, changes in list(state.contracts.items()):
+            order = Order.fold(number, [changes[place] for place in sorted(changes)])
+            if any(partition_for(item_id, self._partitions) == batch.partition for item_id in order.by_item):
+                state.orders[number] = order
+            else:
+                # When it reaches this partition, all that was said of it comes with it.
+                del state.contracts[number]
+        for change in ledger.changes(REFERENCE_CHANGES, generation, positions):
+            if change.accepted:
+                state.reference.say(read_reference_change(change.body))
+        for service, days in ledger.totals_accepted(generation, positions).items():
+            if partition_for(service[0], self._partitions) == batch.partition:
+                state.usage[service] = days
+        for line, month, parties in self._accruals.written(batch.partition):
+            state.written.setdefault(line, {})[month] = (None, frozenset(parties))
+        if not positions:
+            # A new life of the log: what the last one left is rated anew, once.
+            state.changed_orders = set(state.orders)
+        return state
+
+    def _apply(self, record: Record, state: _State, partition: int) -> None:
+        assert record.value is not None, "charge-inputs holds what our agents wrote"
+        if record.value[:1] != b"\x00":
+            self._apply_totals(record.value, state)
+            return
+        value = self._context.codec.decode(record.value, ("AcceptedChanges",)).value
+        source = value["source"]
+        place = place_text(source["topic"], source["partition"])
+        counted = state.positions.get(place, 0)
+        for each in value["changes"]:
+            body = json.loads(each["body"])
+            if value["kind"] == "contract":
+                self._apply_contract(read_contract_change(body), each, state)
+            elif each["offset"] >= counted:
+                # List sizes of one day and painted memberships depend on their order in the log.
+                self._apply_reference(read_reference_change(body), state)
+        state.positions[place] = max(counted, source["end_offset"])
+
+    def _apply_totals(self, block: bytes, state: _State) -> None:
+        with pa.ipc.open_stream(block) as reader:
+            metadata = {key.decode(): value.decode() for key, value in (reader.schema.metadata or {}).items()}
+            rows = reader.read_all()
+        place, end = place_text(USAGE_ACCEPTED, int(metadata["partition"])), int(metadata["end_offset"])
+        if end < state.positions.get(place, 0):
+            return  # from a worker that had lost its partition; its successor has said more
+        book = self._book(state)
+        columns = (rows.column(name).to_pylist() for name in ("ods_code", "item_id", "day", "quantity_micros"))
+        for ods_code, item_id, day, quantity in zip(*columns, strict=True):
+            service = (item_id, ods_code)
+            state.usage.setdefault(service, {})[day] = int(quantity)
+            for line in book.by_service.get(service, ()):
+                state.dirty_months.setdefault((line.order.number, item_id), set()).add(month_of(day))
+        if metadata.get("last", "1") == "1":
+            state.positions[place] = end
+
+    def _apply_contract(self, change: ContractChange, place: Any, state: _State) -> None:
+        key = (place["generation"], place["partition"], place["offset"])
+        known = state.contracts.setdefault(change.order_number, {})
+        if key in known:
+            return
+        latest = not known or key > max(known)
+        known[key] = change
+        order = state.orders.get(change.order_number)
+        if order is not None and latest and not isinstance(change.body, Retracted):
+            order.apply(change.body)
+        else:
+            # Lines that a retraction takes away need their rows set to zero.
+            changes = [known[each] for each in sorted(known)]
+            state.orders[change.order_number] = Order.fold(change.order_number, changes)
+        state.changed_orders.add(change.order_number)
+        state.book = None
+
+    def _apply_reference(self, change: ReferenceChange, state: _State) -> None:
+        state.reference.say(change)
+        body = change.body
+        if isinstance(body, (ListSize, PracticeClosed, PracticeMerged, ServiceAccepted, Retracted)):
+            since = month_of(body.as_of) if isinstance(body, ListSize) else _ALWAYS
+            book = self._book(state)
+            for line in book.by_code.get(change.code, ()):
+                key = (line.order.number, line.item_id)
+                state.dirty_since[key] = min(since, state.dirty_since.get(key, since))
+
+    def _book(self, state: _State) -> Book:
+        if state.book is None:
+            state.book = Book(state.orders.values(), state.reference, state.usage)
+        return state.book
+
+    # --- step 2: rating ---
+
+    def _horizon(self) -> int:
+        """The month after this one, or the setting if later: accruals are written ahead to its end."""
+        now = datetime.now(UTC).astimezone(LONDON)
+        ahead = now.year * 12 + now.month
+        setting = self._context.settings.horizon_month
+        return max(ahead, parse_month(setting)) if setting else ahead
+
+    def _flush(self, state: _State, partition: int) -> None:
+        horizon = self._horizon()
+        book = self._book(state)
+        self._spread(state, book, horizon)
+        rows: list[AccrualRow] = []
+        dropped: list[tuple[LineKey, int, frozenset[str]]] = []
+        for (number, item_id), months in state.dirty_months.items():
+            if partition_for(item_id, self._partitions) == partition and number in book.orders:
+                order = book.orders[number]
+                for month in sorted(months):
+                    if month <= horizon:
+                        self._rate(order, item_id, month, book, state, rows)
+        for key in self._vanished(state, book):
+            for month, (_, parties) in state.written.pop(key).items():
+                dropped.append((key, month, parties))
+        state.dirty_months.clear()
+        state.dirty_since.clear()
+        state.changed_orders.clear()
+        state.horizon = horizon
+        rows += [_nothing(key, month) for key, month, _ in dropped]
+        now = version(self._generation, state.offset)
+        self._accruals.insert(rows, now, partition)
+        self._accruals.insert_positions(partition, self._generation, state.offset, state.positions)
+        self._publish(rows, dropped, state, partition, now)
+
+    def _spread(self, state: _State, book: Book, horizon: int) -> None:
+        """Turns changed orders and "from a month on" into months to rate."""
+        for number in state.changed_orders:
+            for service in book.orders[number].lines if number in book.orders else ():
+                # Another order's line may take the usage now.
+                for line in book.by_service[service]:
+                    state.dirty_since[line.order.number, line.item_id] = _ALWAYS
+        if state.horizon and horizon > state.horizon:
+            for order in book.orders.values():
+                for item_id in order.by_item:
+                    key = (order.number, item_id)
+                    state.dirty_since[key] = min(state.horizon + 1, state.dirty_since.get(key, horizon))
+        for (number, item_id), since in state.dirty_since.items():
+            if number not in book.orders:
+                continue
+            lines = book.orders[number].by_item.get(item_id, [])
+            starts = [month for line in lines if (month := first_month(line, book)) is not None]
+            starts += [month for line in lines for month in state.written.get(line.key, ())]
+            first = max(min(starts, default=horizon + 1), since)
+            state.dirty_months.setdefault((number, item_id), set()).update(range(first, horizon + 1))
+
+    def _vanished(self, state: _State, book: Book) -> list[LineKey]:
+        """Lines with rows that their order no longer has."""
+        gone = []
+        for key in state.written if state.changed_orders else ():
+            if key[0] in state.changed_orders:
+                order = book.orders.get(key[0])
+                if order is None or key[1:] not in order.lines:
+                    gone.append(key)
+        return gone
+
+    def _rate(self, order: Order, item_id: str, month: int, book: Book, state: _State, rows: list[AccrualRow]) -> None:
+        charges = rate_month(order, item_id, month, book)
+        for line in order.by_item[item_id]:
+            charge = charges[line.ods_code]
+            written = state.written.setdefault(line.key, {})
+            if not (charge.time or charge.days or charge.quantity_micros) and month not in written:
+                continue
+            row = _row(line, month, charge, book)
+            parties = frozenset(party for party, _ in row.wanted)
+            if month in written and written[month] == (hash(row), parties):
+                continue
+            gone = written[month][1] - parties if month in written else frozenset()
+            if gone:
+                # What is no longer wanted is said once more, as zero.
+                nothing = tuple((party, Fraction(0)) for party in sorted(gone))
+                rows.append(replace(row, wanted=row.wanted + nothing))
+            else:
+                rows.append(row)
+            written[month] = (hash(row), parties)
+
+    # --- step 4: what follows ---
+
+    def _publish(
+        self,
+        rows: Iterable[AccrualRow],
+        dropped: Iterable[tuple[LineKey, int, frozenset[str]]],
+        state: _State,
+        partition: int,
+        now: int,
+    ) -> None:
+        wanted: dict[int, list[dict[str, Any]]] = {}
+
+        def want(line: LineKey, month: int, party: str, exact: str) -> None:
+            wanted.setdefault(partition_for(party, self._partitions), []).append(
+                {
+                    "order_number": line[0],
+                    "item_id": line[1],
+                    "ods_code": line[2],
+                    "ordering_party": party,
+                    "month": month,
+                    "exact_pence": exact,
+                }
+            )
+
+        for row in rows:
+            for party, exact in row.wanted:
+                want(row.line, row.month, party, fraction_text(exact))
+            value = {
+                "order_number": row.line[0],
+                "item_id": row.line[1],
+                "ods_code": row.line[2],
+                "month": month_text(row.month),
+                "supplier_id": row.supplier_id,
+                "exact_pence": fraction_text(row.exact),
+                "version": state.offset,
+                "generation": self._generation,
+            }
+            self._context.outbox.send(
+                ACCRUALS,
+                self._context.codec.encode("Accrual", value),
+                key="/".join((*row.line, value["month"])),
+            )
+        for key, month, parties in dropped:
+            for party in parties:
+                want(key, month, party, "0")
+        source = {
+            "generation": self._generation,
+            "topic": CHARGE_INPUTS,
+            "partition": partition,
+            "end_offset": state.offset,
+        }
+        for target, entries in wanted.items():
+            for start in range(0, len(entries), 20_000):
+                body = {"source": source, "wanted": entries[start : start + 20_000]}
+                self._context.outbox.send(
+                    FUNDING_INPUTS,
+                    self._context.codec.encode("WantedOfAllocations", body),
+                    partition=target,
+                )
+        self._context.outbox.flush()
+
+
+def _row(line: Line, month: int, charge: MonthCharge, book: Book) -> AccrualRow:
+    split = groups(line, month, charge, book)
+    wanted: dict[str, Fraction] = {}
+    for group in split:
+        if group.wanted:
+            wanted[group.party] = wanted.get(group.party, Fraction(0)) + group.wanted
+    return AccrualRow(
+        line=line.key,
+        month=month,
+        supplier_id=line.order.header.supplier_id,
+        m2=date.fromordinal(line.m2) if line.m2 is not None else None,
+        one_off=line.is_one_off,
+        exact=sum((group.charge for group in split), Fraction(0)),
+        quantity_micros=charge.quantity_micros,
+        time=tuple((date.fromordinal(first), date.fromordinal(end), each) for first, end, each in charge.time),
+        days=tuple((date.fromordinal(day), each) for day, each in sorted(charge.days.items())),
+        groups=json.dumps([group_json(group) for group in split], separators=(",", ":")),
+        wanted=tuple(sorted(wanted.items())),
+    )
+
+
+def _nothing(key: LineKey, month: int) -> AccrualRow:
+    return AccrualRow(key, month, "", None, False, Fraction(0), 0, (), (), "[]", ())

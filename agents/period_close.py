@@ -1,0 +1,308 @@
+"""Period close: fixes the cut, waits until every stage has applied the log up to it, derives, writes.
+
+Reads `period-events`; writes documents to ClickHouse and `invoices`, and `PeriodClosed`.
+
+The order of steps for a close, each of which can be repeated with the same result:
+
+1. `CloseRequested` is checked; the end offsets of every input partition go to `period-events` as
+   `CutFixed`.  The first in the log stands, so a second request after a crash changes nothing.
+2. `CutFixed` is recorded in the ledger.
+3. Each stage in turn must have committed what lay before it: what intake had to do up to the cut,
+   then what that put into `usage-accepted`, and so on.  Until then nothing is written.
+4. All lines are derived from the ledger as of the cut, and the accruals compared with it.
+5. Rows, documents, then the period itself are inserted.  A crash in between repeats from 3 with
+   the same cut, and the same rows and numbers collapse.
+6. `PeriodClosed` is sent; the broker acknowledges it and the documents.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any, ClassVar
+
+import structlog
+
+from agents.context import Context
+from rating.amounts import micros
+from rating.book import Book, LineKey, Order, Reference
+from rating.calendar import month_start, month_text, parse_month
+from rating.close import derive, invoice, rate_lines
+from rating.documents import documents
+from rating.records import Refused, read_contract_change, read_reference_change
+from sinks import metrics
+from sinks.accruals import Accruals, decimal
+from sinks.dead_letters import DeadLetter
+from sinks.documents import Cut, Documents
+from sinks.positions import Positions, place_text
+from streams.batch import Batch, NotYet, Record
+from streams.codec import Undecodable, to_interchange
+from streams.topics import (
+    CHARGE_INPUTS,
+    CONTRACT_CHANGES,
+    FUNDING_INPUTS,
+    INVOICES,
+    PERIOD_EVENTS,
+    REFERENCE_CHANGES,
+    USAGE_ACCEPTED,
+    Broker,
+    Place,
+    input_topics,
+    partition_for,
+    usage_topics,
+)
+
+log = structlog.get_logger(__name__)
+
+
+class CloseRefused(Exception):
+    """A period that can't be closed; the message says why and what to do."""
+
+
+class PeriodClose:
+    """The agent of role `period-close`."""
+
+    role: ClassVar[str] = "period-close"
+    idle_seconds: ClassVar[float] = 0
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._generation = context.settings.log_generation
+        self._documents = Documents(context.clickhouse)
+        self._accruals = Accruals(context.clickhouse)
+        self._broker = Broker(context.settings)
+        #: For a period, the ends that each stage must reach, found once the stage before was done.
+        self._ends: dict[int, dict[str, dict[Place, int]]] = {}
+
+    def topics(self) -> Sequence[str]:
+        """`period-events`."""
+        return [PERIOD_EVENTS]
+
+    def do(self, batch: Batch) -> None:
+        """Does a batch; see the steps above."""
+        letters: list[DeadLetter] = []
+        for record in batch.records:
+            try:
+                decoded = self._context.codec.decode(
+                    record.value, ("UsageComplete", "CloseRequested", "CutFixed", "PeriodClosed")
+                )
+                if decoded.name == "UsageComplete":
+                    self._attest(to_interchange("UsageComplete", decoded.value), record)
+                elif decoded.name == "CloseRequested":
+                    self._request(str(decoded.value["period"]), record)
+                elif decoded.name == "CutFixed":
+                    self._cut(decoded.value, record)
+            except (Undecodable, Refused, CloseRefused) as error:
+                letters.append(
+                    DeadLetter(
+                        PERIOD_EVENTS,
+                        batch.partition,
+                        record.offset,
+                        str(error),
+                        key=record.key,
+                        value=record.value,
+                        broker_timestamp_ms=record.timestamp,
+                    )
+                )
+        self._context.dead_letters.write(letters)
+        self._context.outbox.flush()
+        metrics.RECORDS.labels(self.role, "accepted").inc(len(batch.records) - len(letters))
+
+    def idle(self) -> None:
+        """Nothing to do with time."""
+
+    # --- steps 1 and 2 ---
+
+    def _attest(self, value: dict[str, Any], record: Record) -> None:
+        try:
+            parse_month(value["period"])
+            quantity = micros(value["quantity"])
+        except ValueError as error:
+            raise Refused("", str(error)) from None
+        self._documents.insert_attestation(
+            value["supplier_id"], value["period"], self._generation, record.offset, value["count"], quantity
+        )
+
+    def _request(self, text: str, record: Record) -> None:
+        try:
+            period = self._check(text)
+            if period is None:
+                self._answer(text, record, "closed", "was closed before; these are its documents")
+                return
+            cut = self._documents.cut(period)
+            if cut is None:
+                self._answer(text, record, "waiting", "the cut is being fixed")
+                self._fix(period)
+                return
+            self._close(period, cut, record)
+        except CloseRefused as error:
+            self._answer(text, record, "refused", str(error))
+            raise
+
+    def _check(self, text: str) -> int | None:
+        """The period to close; None when it is closed already.  Raises CloseRefused."""
+        try:
+            period = parse_month(text)
+        except ValueError as error:
+            raise CloseRefused(str(error)) from None
+        closed = self._documents.closed()
+        if period in closed:
+            return None
+        if closed and period != closed[-1] + 1:
+            raise CloseRefused(
+                f"{text} cannot be closed: {month_text(closed[-1])} was closed last, so "
+                f"{month_text(closed[-1] + 1)} is next; periods close in order without gaps"
+            )
+        ended = month_start(period + 1)
+        if not self._context.settings.close_any_period and datetime.now(UTC) < ended:
+            raise CloseRefused(f"{text} can be closed from {ended.isoformat()} on")
+        return period
+
+    def _fix(self, period: int) -> None:
+        ends = self._broker.end_offsets(input_topics(self._context.settings))
+        value = {
+            "period": month_text(period),
+            "generation": self._generation,
+            "cut": [
+                {"topic": topic, "partition": partition, "end_offset": end}
+                for (topic, partition), end in sorted(ends.items())
+            ],
+        }
+        self._context.outbox.send(PERIOD_EVENTS, self._context.codec.encode("CutFixed", value), key=month_text(period))
+        self._context.outbox.flush()
+
+    def _cut(self, value: dict[str, Any], record: Record) -> None:
+        period = self._check(value["period"])
+        if period is None:
+            return
+        cut = self._documents.cut(period)
+        if cut is None:
+            positions = {place_text(each["topic"], each["partition"]): each["end_offset"] for each in value["cut"]}
+            cut = Cut(value["generation"], positions)
+            self._documents.fix_cut(period, record.offset, cut)
+        self._close(period, cut, record)
+
+    def _answer(self, period: str, record: Record, outcome: str, detail: str) -> None:
+        self._documents.answer(period, self._generation, record.offset, outcome, detail)
+
+    # --- step 3 ---
+
+    def _wait(self, period: int, cut: Cut) -> None:
+        """Raises NotYet naming the stage that still has work before the cut."""
+        if cut.generation != self._generation:
+            return  # that life of the log has ended, and what it held is in the ledger
+        settings = self._context.settings
+        first = {_place(text): end for text, end in cut.positions.items()}
+        ends = self._ends.setdefault(period, {})
+
+        def of(*topics: str) -> dict[Place, int]:
+            return {place: end for place, end in first.items() if place[0] in topics}
+
+        ends.setdefault("intake", of(*usage_topics(settings)))
+        ends.setdefault("contracts", of(CONTRACT_CHANGES))
+        ends.setdefault("reference", of(REFERENCE_CHANGES))
+        stages = (
+            ("intake", None),
+            ("contracts", None),
+            ("reference", None),
+            ("usage", USAGE_ACCEPTED),
+            ("charges", CHARGE_INPUTS),
+            ("funding", FUNDING_INPUTS),
+        )
+        for stage, topic in stages:
+            if stage not in ends and topic is not None:
+                ends[stage] = self._broker.end_offsets([topic])
+            if behind := self._broker.behind(f"tribill-{stage}", ends[stage]):
+                raise NotYet(f"{month_text(period)} waits for {stage}: {behind} records to do before the cut")
+
+    # --- steps 4 to 6 ---
+
+    def _close(self, period: int, cut: Cut, record: Record) -> None:
+        text = month_text(period)
+        try:
+            self._wait(period, cut)
+        except NotYet as reason:
+            self._answer(text, record, "waiting", str(reason))
+            raise
+        self._answer(text, record, "waiting", "all is applied; the lines are being derived")
+        book = self._book_at_cut(cut)
+        derived = derive(book, period)
+        drift = self._drift(period, book, derived.exact, cut)
+        rows, held = invoice(derived, self._documents.invoiced_before(period), period)
+        issued = documents(rows, period, book, self._documents.issued_before(period))
+        assert sum(rows.values()) == sum(document.net_pence for document in issued)
+        self._documents.insert_rows(period, "invoiced", rows)
+        self._documents.insert_rows(period, "held", held)
+        self._documents.insert_documents(issued)
+        for document in issued:
+            body = json.dumps(document.as_json(), separators=(",", ":"))
+            value = {"number": document.number, "period": text, "body": body}
+            self._context.outbox.send(INVOICES, self._context.codec.encode("Document", value), key=document.number)
+        self._context.outbox.flush()
+        self._documents.insert_period(period, cut.generation, issued, sum(held.values()), drift)
+        totals = {
+            "documents": len(issued),
+            "rows": len(rows),
+            "net": Decimal(sum(rows.values())).scaleb(-2),
+            "held": Decimal(sum(held.values())).scaleb(-2),
+        }
+        value = {"period": text, "totals": totals}
+        self._context.outbox.send(PERIOD_EVENTS, self._context.codec.encode("PeriodClosed", value), key=text)
+        self._context.outbox.flush()
+        self._ends.pop(period, None)
+        self._answer(text, record, "closed", f"{len(issued)} documents")
+        metrics.ACCRUAL_DRIFT.set(float(decimal(drift)))
+        metrics.CLOSED_PERIOD.set(month_start(period + 1).timestamp())
+        log.info("period closed", period=text, documents=len(issued), rows=len(rows), drift=str(drift))
+
+    def _book_at_cut(self, cut: Cut) -> Book:
+        usage = self._context.ledger.totals_at_cut(cut.generation, cut.positions)
+        return self._book(cut.generation, cut.positions, usage)
+
+    def _book(self, generation: int, positions: Positions, usage: Any) -> Book:
+        by_order: dict[str, list[Any]] = {}
+        for change in self._context.ledger.changes(CONTRACT_CHANGES, generation, positions):
+            if change.accepted:
+                by_order.setdefault(change.key, []).append(read_contract_change(change.body))
+        orders = [Order.fold(number, changes) for number, changes in by_order.items()]
+        reference = Reference.fold(
+            read_reference_change(change.body)
+            for change in self._context.ledger.changes(REFERENCE_CHANGES, generation, positions)
+            if change.accepted
+        )
+        return Book(orders, reference, usage)
+
+    def _drift(self, period: int, book: Book, derived: dict[tuple[LineKey, int], Fraction], cut: Cut) -> Fraction:
+        """By how much the accruals differ from what the ledger gives at the positions that they count.
+
+        Where no more than the cut has arrived since, that is what was just derived.
+        """
+        partitions = self._context.settings.partitions
+        positions = [self._accruals.positions(each, self._generation) for each in range(partitions)]
+        accrued = self._accruals.exact_up_to(period)
+        total = Fraction(0)
+        for partition, counted in enumerate(positions):
+            usage = self._context.ledger.totals_accepted(self._generation, counted)
+            if all(counted.get(place, 0) == end for place, end in cut.positions.items() if "changes" in place) and (
+                usage == book.usage
+            ):
+                expected = derived
+            else:
+                later = self._book(self._generation, counted, usage)
+                expected = {
+                    (line.key, month): each.exact
+                    for line, months in rate_lines(later, period).items()
+                    for month, each in months.items()
+                }
+            for key in expected.keys() | accrued.keys():
+                if partition_for(key[0][1], partitions) == partition:
+                    total += abs(accrued.get(key, Fraction(0)) - expected.get(key, Fraction(0)))
+        return total
+
+
+def _place(text: str) -> Place:
+    topic, _, partition = text.rpartition("/")
+    return topic, int(partition)

@@ -1,0 +1,207 @@
+"""What was closed: cuts, periods, rows and documents in the ledger; lines.csv and documents as files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from rating.calendar import month_text
+from rating.close import CSV_HEADER, ChargeKey, csv_rows
+from rating.documents import Document
+from sinks.accruals import decimal
+from sinks.clickhouse import ClickHouse
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Up to where the log counts for a close."""
+
+    generation: int
+    positions: dict[str, int]
+
+
+class Documents:
+    """Reads and writes the tables of `0003_documents.sql`."""
+
+    def __init__(self, clickhouse: ClickHouse) -> None:
+        self._clickhouse = clickhouse
+
+    # --- the course of a close ---
+
+    def cut(self, period: int) -> Cut | None:
+        """The cut of a period: the first in the log stands."""
+        rows = self._clickhouse.query(
+            "SELECT generation, cut FROM cuts WHERE period = {period:String} ORDER BY generation, offset LIMIT 1",
+            {"period": month_text(period)},
+        )
+        return Cut(rows[0][0], dict(rows[0][1])) if rows else None
+
+    def fix_cut(self, period: int, offset: int, cut: Cut) -> None:
+        """Records a cut read from the log."""
+        row = (month_text(period), cut.generation, offset, cut.positions)
+        self._clickhouse.insert("cuts", ("period", "generation", "offset", "cut"), [row])
+
+    def answer(self, period: str, generation: int, offset: int, outcome: str, detail: str) -> None:
+        """Says how a request to close stands: refused, waiting or closed, and why."""
+        self._clickhouse.insert(
+            "close_requests",
+            ("period", "generation", "offset", "outcome", "detail"),
+            [(period, generation, offset, outcome, detail)],
+        )
+
+    def answer_to(self, period: str, generation: int, offset: int) -> tuple[str, str] | None:
+        """The outcome and detail of the request at an offset of period-events; None when not taken yet."""
+        rows = self._clickhouse.query(
+            """
+            SELECT outcome, detail FROM close_requests
+            WHERE period = {period:String} AND generation = {generation:UInt32} AND offset = {offset:Int64}
+            ORDER BY at DESC LIMIT 1
+            """,
+            {"period": period, "generation": generation, "offset": offset},
+        )
+        return (str(rows[0][0]), str(rows[0][1])) if rows else None
+
+    def closed(self) -> list[int]:
+        """The closed periods (months), in order."""
+        return sorted({int(month) for (month,) in self._clickhouse.query("SELECT month FROM periods")})
+
+    # --- what is invoiced ---
+
+    def invoiced_before(self, period: int) -> dict[ChargeKey, int]:
+        """All that was invoiced in earlier periods, in pence by charge key."""
+        rows = self._clickhouse.query(
+            """
+            SELECT order_number, toString(item_id), ods_code, toString(supplier_id), payer, month, sum(pence)
+            FROM document_rows FINAL
+            WHERE kind = 'invoiced' AND period < {period:String}
+            GROUP BY order_number, item_id, ods_code, supplier_id, payer, month
+            """,
+            {"period": month_text(period)},
+        )
+        return {ChargeKey(*key): pence for *key, pence in rows}
+
+    def issued_before(self, period: int) -> dict[str, int]:
+        """How many documents each payer has issued in earlier periods."""
+        rows = self._clickhouse.query(
+            "SELECT payer, uniqExact(number) FROM documents WHERE period < {period:String} GROUP BY payer",
+            {"period": month_text(period)},
+        )
+        return {str(payer): int(count) for payer, count in rows}
+
+    def insert_rows(self, period: int, kind: str, amounts: Mapping[ChargeKey, int]) -> None:
+        """Inserts a period's `invoiced` or `held` rows."""
+        text = month_text(period)
+        self._clickhouse.insert(
+            "document_rows",
+            (
+                "period",
+                "kind",
+                "order_number",
+                "item_id",
+                "ods_code",
+                "supplier_id",
+                "payer",
+                "month",
+                "pence",
+            ),
+            [(text, kind, *key, pence) for key, pence in amounts.items()],
+        )
+
+    def rows(self, period: int, kind: str) -> dict[ChargeKey, int]:
+        """A period's `invoiced` or `held` rows."""
+        rows = self._clickhouse.query(
+            """
+            SELECT order_number, toString(item_id), ods_code, toString(supplier_id), payer, month, pence
+            FROM document_rows FINAL WHERE period = {period:String} AND kind = {kind:String}
+            """,
+            {"period": month_text(period), "kind": kind},
+        )
+        return {ChargeKey(*key): pence for *key, pence in rows}
+
+    def insert_documents(self, documents: Sequence[Document]) -> None:
+        """Inserts documents."""
+        self._clickhouse.insert(
+            "documents",
+            ("number", "period", "payer", "supplier_id", "kind", "net_pence", "vat_pence", "body"),
+            [
+                (
+                    document.number,
+                    month_text(document.period),
+                    document.payer,
+                    document.supplier_id,
+                    document.kind,
+                    document.net_pence,
+                    document.vat_pence,
+                    json.dumps(document.as_json(), separators=(",", ":")),
+                )
+                for document in documents
+            ],
+        )
+
+    def documents(self, period: int) -> list[tuple[str, str, dict[str, Any]]]:
+        """A period's documents: number, kind and JSON, in the order of their numbers."""
+        rows = self._clickhouse.query(
+            "SELECT number, toString(kind), body FROM documents FINAL WHERE period = {period:String} ORDER BY number",
+            {"period": month_text(period)},
+        )
+        return [(number, kind, json.loads(body)) for number, kind, body in rows]
+
+    def insert_period(
+        self, period: int, generation: int, documents: Sequence[Document], held_pence: int, drift: Fraction
+    ) -> None:
+        """Says that a period is closed."""
+        self._clickhouse.insert(
+            "periods",
+            ("period", "month", "generation", "documents", "rows", "net_pence", "held_pence", "drift_pence"),
+            [
+                (
+                    month_text(period),
+                    period,
+                    generation,
+                    len(documents),
+                    sum(len(document.rows) for document in documents),
+                    sum(document.net_pence for document in documents),
+                    held_pence,
+                    decimal(drift),
+                )
+            ],
+        )
+
+    def insert_attestation(
+        self, supplier_id: str, period: str, generation: int, offset: int, count: int, quantity_micros: int
+    ) -> None:
+        """Records a supplier's word on what it reported."""
+        self._clickhouse.insert(
+            "attestations",
+            ("supplier_id", "period", "generation", "offset", "count", "quantity_micros"),
+            [(supplier_id, period, generation, offset, count, quantity_micros)],
+        )
+
+
+def write_files(documents: Documents, period: int, directory: Path) -> list[Path]:
+    """Writes a closed period's lines.csv, held.csv and documents to `directory/<period>` (RULES 4.4)."""
+    folder = directory / month_text(period)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, kind in (("lines.csv", "invoiced"), ("held.csv", "held")):
+        path = folder / name
+        with path.open("w", encoding="utf-8", newline="") as file:
+            out = csv.writer(file, lineterminator="\n")
+            out.writerow(CSV_HEADER)
+            out.writerows(csv_rows(documents.rows(period, kind), period))
+        written.append(path)
+    for number, kind, body in documents.documents(period):
+        path = folder / f"{safe_name(number)}-{kind}.json"
+        path.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        written.append(path)
+    return written
+
+
+def safe_name(text: str) -> str:
+    """A number as part of a file name: payers' codes come from data, so no separator may survive."""
+    return "".join(each if each.isalnum() or each in "-_." else f"%{ord(each):x}" for each in text).lstrip(".")
