@@ -54,13 +54,16 @@ class Documents:
             [(period, generation, offset, outcome, detail)],
         )
 
-    def answer_to(self, period: str, generation: int, offset: int) -> tuple[str, str] | None:
-        """The outcome and detail of the request at an offset of period-events; None when not taken yet."""
+    def answer_since(self, period: str, generation: int, offset: int) -> tuple[str, str] | None:
+        """The latest outcome and detail of a request at an offset of period-events or what followed it.
+
+        None when it was not taken yet.
+        """
         rows = self._clickhouse.query(
             """
             SELECT outcome, detail FROM close_requests
-            WHERE period = {period:String} AND generation = {generation:UInt32} AND offset = {offset:Int64}
-            ORDER BY at DESC LIMIT 1
+            WHERE period = {period:String} AND generation = {generation:UInt32} AND offset >= {offset:Int64}
+            ORDER BY outcome != 'waiting' DESC, at DESC LIMIT 1
             """,
             {"period": period, "generation": generation, "offset": offset},
         )

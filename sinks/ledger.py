@@ -45,7 +45,7 @@ FROM (
     FROM (
         SELECT ods_code, supplier_id, id, revision,
                argMin((toString(item_id), toInt32(day), quantity_micros),
-                      (generation, broker_timestamp_ms, topic, partition, offset, index)) AS content
+                      (generation, broker_timestamp_ms, topic, partition, offset, `index`)) AS content
         FROM usage
         WHERE {condition}
         GROUP BY ods_code, supplier_id, id, revision
@@ -93,7 +93,7 @@ class Ledger:
 
     def insert_usage(self, rows: pa.Table) -> None:
         """Inserts usage rows of `USAGE_SCHEMA`."""
-        self._clickhouse.insert_arrow("usage", rows.cast(USAGE_SCHEMA))
+        self._clickhouse.insert_arrow("usage", rows.select(USAGE_SCHEMA.names).cast(USAGE_SCHEMA))
 
     def has_usage(self) -> bool:
         """Whether there is any usage row."""
@@ -107,7 +107,7 @@ class Ledger:
         table = self._clickhouse.query_arrow(
             """
             SELECT ods_code, toString(supplier_id) AS supplier_id, id, revision, generation,
-                   toString(topic) AS topic, partition, offset, index, broker_timestamp_ms,
+                   toString(topic) AS topic, partition, offset, `index`, broker_timestamp_ms,
                    toString(item_id) AS item_id, quantity_micros,
                    toUnixTimestamp64Micro(occurred_at) AS occurred_at_us, toInt32(day) AS day
             FROM usage

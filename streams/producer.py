@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import structlog
 from confluent_kafka import KafkaException, Producer
@@ -65,6 +66,20 @@ class Outbox:
                 return
             except BufferError:
                 self._producer.poll(0.1)
+
+    def deliver(self, topic: str, value: bytes, *, key: str) -> int:
+        """Sends one record and returns its offset when the broker has acknowledged it."""
+        delivered: list[int] = []
+
+        def on_delivery(error: object, message: Any) -> None:
+            if error is None:
+                delivered.append(message.offset())
+
+        self._producer.produce(topic, value, key, on_delivery=on_delivery)
+        self._producer.flush()
+        if not delivered:
+            raise DeliveryFailed(f"a record for {topic} was not taken by the broker")
+        return delivered[0]
 
     def flush(self) -> None:
         """Returns when every record sent is acknowledged.  Raises DeliveryFailed if one was not."""

@@ -11,7 +11,7 @@ CREATE TABLE usage
     topic LowCardinality(String),
     partition Int32,
     offset Int64,
-    index Int32 COMMENT 'within a UsageBatch',
+    `index` Int32 COMMENT 'within a UsageBatch',
     broker_timestamp_ms Int64,
     accepted_partition Int32 COMMENT 'in usage-accepted',
     accepted_offset Int64,
@@ -21,7 +21,7 @@ CREATE TABLE usage
     day Date32 COMMENT 'London day of occurred_at'
 )
 ENGINE = ReplacingMergeTree
-ORDER BY (ods_code, supplier_id, id, revision, generation, topic, partition, offset, index, accepted_offset);
+ORDER BY (ods_code, supplier_id, id, revision, generation, topic, partition, offset, `index`, accepted_offset);
 
 CREATE TABLE contract_changes
 (
@@ -74,7 +74,7 @@ CREATE TABLE dead_letters
     topic LowCardinality(String),
     partition Int32,
     offset Int64,
-    index Int32,
+    `index` Int32,
     reason String,
     field String,
     key String,
@@ -83,4 +83,4 @@ CREATE TABLE dead_letters
     written_at DateTime64(3, 'UTC') DEFAULT now64(3)
 )
 ENGINE = ReplacingMergeTree
-ORDER BY (agent, generation, topic, partition, offset, index)
+ORDER BY (agent, generation, topic, partition, offset, `index`)

@@ -95,6 +95,10 @@ class Process:
         self._child.kill()
         self._reap(None)
 
+    def ask_to_end(self) -> None:
+        """Ask the child to end by SIGTERM and return at once, so that several end side by side."""
+        self._child.terminate()
+
     def terminate(self, timeout: float = 5.0) -> int:
         """Ask the child to end by SIGTERM, kill it after `timeout` seconds; return the exit code.
         Idempotent."""

@@ -1,0 +1,5 @@
+"""`python -m tribill` is the command `tribill`."""
+
+from tribill.cli import main
+
+main()

@@ -1,0 +1,74 @@
+"""The roles of workers: which agent each runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from streams.settings import Settings
+
+if TYPE_CHECKING:
+    from agents.context import Context
+    from streams.worker import Agent
+
+
+def _intake(context: Context) -> Agent:
+    from agents.intake import Intake
+
+    return Intake(context)
+
+
+def _usage(context: Context) -> Agent:
+    from agents.usage import Usage
+
+    return Usage(context)
+
+
+def _contracts(context: Context) -> Agent:
+    from agents.contracts import Contracts
+
+    return Contracts(context)
+
+
+def _reference(context: Context) -> Agent:
+    from agents.reference import Reference
+
+    return Reference(context)
+
+
+def _charges(context: Context) -> Agent:
+    from agents.charges import Charges
+
+    return Charges(context)
+
+
+def _funding(context: Context) -> Agent:
+    from agents.funding import Funding
+
+    return Funding(context)
+
+
+def _period_close(context: Context) -> Agent:
+    from agents.period_close import PeriodClose
+
+    return PeriodClose(context)
+
+
+#: Each role imports only its own agent, so that its process starts quickly and holds little.
+ROLES: dict[str, Callable[[Context], Agent]] = {
+    "intake": _intake,
+    "usage": _usage,
+    "contracts": _contracts,
+    "reference": _reference,
+    "charges": _charges,
+    "funding": _funding,
+    "period-close": _period_close,
+}
+
+
+def run_worker(role: str, settings: Settings) -> int:
+    """Runs a role's worker until it is stopped; returns the exit code."""
+    from agents.context import Context
+    from streams.worker import Worker
+
+    return Worker(ROLES[role](Context(role, settings)), settings).run()
