@@ -333,11 +333,12 @@ class Charges:
         for row in rows:
             for party, exact in row.wanted:
                 want(row.line, row.month, party, fraction_text(exact))
+            shown = month_text(row.month)
             value = {
                 "order_number": row.line[0],
                 "item_id": row.line[1],
                 "ods_code": row.line[2],
-                "month": month_text(row.month),
+                "month": shown,
                 "supplier_id": row.supplier_id,
                 "exact_pence": fraction_text(row.exact),
                 "version": state.offset,
@@ -346,7 +347,7 @@ class Charges:
             self._context.outbox.send(
                 ACCRUALS,
                 self._context.codec.encode("Accrual", value),
-                key="/".join((*row.line, value["month"])),
+                key="/".join((*row.line, shown)),
             )
         for key, month, parties in dropped:
             for party in parties:

@@ -249,8 +249,8 @@ class PeriodClose:
             "net": Decimal(sum(rows.values())).scaleb(-2),
             "held": Decimal(sum(held.values())).scaleb(-2),
         }
-        value = {"period": text, "totals": totals}
-        self._context.outbox.send(PERIOD_EVENTS, self._context.codec.encode("PeriodClosed", value), key=text)
+        announced = self._context.codec.encode("PeriodClosed", {"period": text, "totals": totals})
+        self._context.outbox.send(PERIOD_EVENTS, announced, key=text)
         self._context.outbox.flush()
         self._ends.pop(period, None)
         self._answer(text, record, "closed", f"{len(issued)} documents")

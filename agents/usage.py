@@ -248,11 +248,8 @@ class Usage:
             rows = by_partition.get(partition, [])
             for start in range(0, max(len(rows), 1), 50_000):
                 chunk = rows[start : start + 50_000]
-                columns = list(zip(*chunk, strict=True)) or [[], [], [], []]
-                table = pa.table(
-                    [pa.array(column, kind.type) for column, kind in zip(columns, TOTALS_SCHEMA, strict=True)],
-                    schema=TOTALS_SCHEMA,
-                )
+                named = [dict(zip(TOTALS_SCHEMA.names, row, strict=True)) for row in chunk]
+                table = pa.Table.from_pylist(named, schema=TOTALS_SCHEMA)
                 self._context.outbox.send(CHARGE_INPUTS, encode_block(table, metadata), partition=partition)
 
 

@@ -52,6 +52,16 @@ class ClickHouse:
         if rows.num_rows:
             self._call("insert_arrow", table, rows, settings={"async_insert": 0})
 
+    def exists(self) -> bool:
+        """Whether the database and its ledger are there."""
+        found = self._call(
+            "query",
+            "SELECT 1 FROM system.tables WHERE database = {database:String} AND name = 'usage'",
+            parameters={"database": self.database},
+            database="",
+        )
+        return bool(found.result_rows)
+
     def migrate(self) -> list[str]:
         """Applies the migrations that are missing, in order; returns their names."""
         self._call("command", f"CREATE DATABASE IF NOT EXISTS {quoted(self.database)}", database="")

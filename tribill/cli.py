@@ -122,15 +122,169 @@ def run(files: Sequence[Path], closes: Sequence[str], out: Path | None) -> None:
     """
     from tribill import interchange
     from tribill import run as replay
+    from tribill.closing import CloseRefused
 
     try:
         closed = replay.run(files, closes, out, say)
-    except (replay.CloseRefused, interchange.BadClose, ValueError, OSError) as error:
+    except (CloseRefused, interchange.BadClose, ValueError, OSError) as error:
         raise _Failure(str(error)) from None
     if not closed:
         say('nothing was closed: name a period with --close, or with {"close": "2026-04"} in the file')
     elif out is not None:
         click.echo(f"{len(closed)} periods written to {out}")
+
+
+@cli.command()
+@click.option("--data", type=_FOLDER, default=Path("tribill-data"), show_default=True, help="The data directory.")
+@click.option("--accept-lost-tail", is_flag=True, help="Go on after a kill with what the ledger has.")
+@click.pass_context
+def up(context: click.Context, data: Path, accept_lost_tail: bool) -> None:
+    """Run the whole stack on this machine until Ctrl-C: log, ledger, claims, workers, page.
+
+    A part is external where its address is set: TRIBILL_KAFKA, TRIBILL_CLICKHOUSE, TRIBILL_REDIS.
+    The embedded log is in memory: Ctrl-C drains it into the ledger first; after a kill the next start
+    says what may be lost and from where suppliers send again.
+    """
+    from tribill import up as stack
+    from tribill.embedded.process import ProcessFailed
+    from tribill.embedded.stack import DirectoryInUse
+
+    try:
+        stack.up(data, load_settings(context, **_EMBEDDED), accept_lost_tail, say)
+    except (stack.UpFailed, ProcessFailed, DirectoryInUse) as error:
+        raise _Failure(str(error)) from None
+
+
+#: Tansu makes a joining worker wait for half the session timeout.
+_EMBEDDED = {"session_timeout_seconds": 6}
+
+
+@cli.command()
+@click.pass_context
+def web(context: click.Context) -> None:
+    """Serve the live page, its events and /metrics until stopped.  Read only."""
+    from web.app import serve
+
+    settings = load_settings(context)
+    _require(settings, "kafka", "clickhouse")
+    serve(settings)
+
+
+@cli.command()
+@click.argument("files", nargs=-1, required=True, type=_FILE)
+@click.pass_context
+def publish(context: click.Context, files: Sequence[Path]) -> None:
+    """Send interchange FILES to a running installation.
+
+    {"close": ...} lines ask for the close and wait for it, so that what follows is late.
+    """
+    from tribill import interchange
+    from tribill.closing import CloseRefused, close_and_wait
+
+    settings = load_settings(context)
+    _require(settings, "kafka", "clickhouse")
+    publisher, refused = interchange.Publisher(settings), 0
+    try:
+        for path in files:
+            for line in interchange.read(path):
+                if line.close:
+                    refused += publisher.flush()
+                    close_and_wait(settings, line.close, say)
+                else:
+                    publisher.send(line)
+                if publisher.sent and publisher.sent % 100_000 == 0:
+                    say(f"{publisher.sent} records sent")
+        refused += publisher.flush()
+    except (CloseRefused, interchange.BadClose, OSError) as error:
+        raise _Failure(str(error)) from None
+    click.echo(f"{publisher.sent} records sent, {refused} lines refused (tribill's dead letters say why)")
+    sys.exit(1 if refused else 0)
+
+
+@cli.command()
+@click.argument("period", required=False, metavar="[YYYY-MM]")
+@click.option("--previous", is_flag=True, help="The month before this one, in London.")
+@click.option("--out", type=_FOLDER, help="Write <period>/lines.csv, held.csv and the documents here.")
+@click.pass_context
+def close(context: click.Context, period: str | None, previous: bool, out: Path | None) -> None:
+    """Close a PERIOD: fix the cut, wait until all stages have reached it, and issue the documents.
+
+    Asking for a closed period answers with its documents.
+    """
+    from rating.calendar import parse_month
+    from sinks.clickhouse import ClickHouse
+    from sinks.documents import Documents, write_files
+    from tribill.closing import CloseRefused, close_and_wait, previous_month
+
+    if (period is None) != previous:
+        raise click.UsageError("name a period such as 2026-04, or give --previous")
+    settings = load_settings(context)
+    _require(settings, "kafka", "clickhouse")
+    text = period or previous_month()
+    try:
+        closed = close_and_wait(settings, text, say)
+    except CloseRefused as error:
+        raise _Failure(str(error)) from None
+    if out is not None:
+        write_files(Documents(ClickHouse(settings)), parse_month(text), out)
+    click.echo(closed.summary())
+
+
+@cli.command("import")
+@click.argument("kind", type=click.Choice(["orders", "list-sizes", "practices", "allocations"]))
+@click.argument("files", nargs=-1, required=True, type=_FILE)
+@click.option(
+    "--to",
+    "target",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write an interchange file instead of publishing.",
+)
+@click.option(
+    "--practices",
+    "known",
+    type=_FILE,
+    help="Refuse practices that this file (ods_code in its first column) does not have.",
+)
+@click.option("--keep-partial", is_flag=True, help="Publish what is good of an order file that has problems.")
+@click.pass_context
+def import_files(
+    context: click.Context,
+    kind: str,
+    files: Sequence[Path],
+    target: Path | None,
+    known: Path | None,
+    keep_partial: bool,
+) -> None:
+    """Read real files of a KIND and publish what they say.
+
+    \b
+    orders       {CallOffId}_{ODS}_Full.csv and _Patients.csv of the order feed
+    list-sizes   NHS "Patients Registered at a GP Practice"
+    practices    practices with PCN and commissioner
+    allocations  ordering_party,financial_year,amount or financial_year,per_patient,as_of
+
+    A bad row is reported with file, line, field and reason and stops nothing but itself; the exit
+    status is 1 then.  An order is placed once, so an order file with a bad row is held back unless
+    --keep-partial is given.
+    """
+    from tribill.importing import import_all
+
+    settings = load_settings(context)
+    if target is None:
+        _require(settings, "kafka", "clickhouse")
+    try:
+        published, problems = import_all(kind, files, settings, target, known, keep_partial, say)
+    except (OSError, ValueError) as error:
+        raise _Failure(str(error)) from None
+    click.echo(f"{published} records {'published' if target is None else f'written to {target}'}, {problems} problems")
+    sys.exit(1 if problems else 0)
+
+
+def _require(settings: Settings, *names: str) -> None:
+    try:
+        settings.require(*names)
+    except SettingsError as error:
+        raise _Failure(str(error)) from None
 
 
 def main() -> None:

@@ -43,6 +43,7 @@ class Installation:
         self.settings = settings
         self.workers: dict[str, Process] = {}
         self.worker_ports: dict[str, int] = {}
+        self.web: Process | None = None
         self.stack = EmbeddedStack(
             directory,
             kafka=settings.kafka or None,
@@ -89,6 +90,11 @@ class Installation:
         for role in roles:
             self.start_worker(role)
 
+    def start_web(self) -> None:
+        """Starts the page."""
+        command = [sys.executable, "-m", "tribill", "web"]
+        self.web = Process("web", command, self.directory, environment=self.settings.environment())
+
     def ready(self, role: str) -> bool:
         """Whether a role's worker has its partitions."""
         try:
@@ -130,10 +136,11 @@ class Installation:
 
     def stop(self) -> None:
         """Stops workers, then parts; no process is left."""
-        for worker in self.workers.values():
-            if worker.exit_code is None:
-                worker.ask_to_end()
-        for worker in self.workers.values():
-            worker.terminate(_STOP_SECONDS)
+        processes = [*self.workers.values(), *([self.web] if self.web else [])]
+        for process in processes:
+            process.ask_to_end()
+        for process in processes:
+            process.terminate(_STOP_SECONDS)
         self.workers.clear()
+        self.web = None
         self.stack.stop()

@@ -140,11 +140,6 @@ class Publisher:
         self._outbox.flush()
         return len(refused)
 
-    def request_close(self, period: str) -> int:
-        """Asks for a close; returns the offset of the request in period-events."""
-        value = self._codec.encode("CloseRequested", {"period": period})
-        return self._outbox.deliver(PERIOD_EVENTS, value, key=period)
-
     def _refuse(self, line: Line, reason: str) -> None:
         self._refused.append(DeadLetter(line.file, 0, line.number, reason, value=line.text))
 

@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rating.amounts import pounds_text
 from rating.calendar import month_start, month_text, parse_month
 from sinks.clickhouse import ClickHouse
 from sinks.documents import Documents, write_files
 from streams.settings import Settings
 from tribill import interchange
+from tribill.closing import Closed, close_and_wait
 from tribill.installation import Installation
 
 #: Records are stamped so many milliseconds after this instant as lines came before them: "first"
 #: is by broker timestamp, and in an interchange file the order of lines is the order of the log.
 _FIRST_STAMP_MS = 1_000_000_000_000
-_POLL_SECONDS = 0.1
-
-
-class CloseRefused(Exception):
-    """A close in the file, or asked for, was refused; the message says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Closed:
-    """What a close came to, for the summary."""
-
-    period: str
-    documents: int
-    net_pence: int
-    held_pence: int
-    drift: str
 
 
 def run(
@@ -57,7 +39,7 @@ def run(
     arrival = now if last is None else max(now, month_start(last + 1))
     settings = Settings(
         partitions=2,
-        session_timeout_seconds=6,
+        session_timeout_seconds=4,
         supplier_topics=",".join(sorted(survey.suppliers)),
         arrival_floor=arrival.isoformat(),
         horizon_month="" if last is None else month_text(last),
@@ -82,8 +64,6 @@ class _Replay:
         self._say = say
         self._publisher = interchange.Publisher(installation.settings)
         self._clickhouse = ClickHouse(installation.settings)
-        self._documents = Documents(self._clickhouse)
-        self._said = ""
 
     def replay(self, files: Sequence[Path], closes: Sequence[str]) -> list[Closed]:
         """Sends every line, closing where the files say; then the closes asked for."""
@@ -105,36 +85,19 @@ class _Replay:
 
     def _close(self, text: str) -> Closed:
         self._publisher.flush()
-        offset = self._publisher.request_close(text)
-        generation = self._installation.settings.log_generation
-        while True:
-            answer = self._documents.answer_since(text, generation, offset)
-            if answer is not None and answer[0] == "refused":
-                raise CloseRefused(f"the close of {text} is refused: {answer[1]}")
-            if answer is not None and answer[0] == "closed":
-                break
-            self._say_what_is_waited_for(text, answer[1] if answer else "")
-            time.sleep(_POLL_SECONDS)
+        closed = close_and_wait(self._installation.settings, text, self._say, self._dead_workers)
         if self._out is not None:
-            write_files(self._documents, parse_month(text), self._out)
-        count, net, held, drift = self._clickhouse.query(
-            "SELECT documents, net_pence, held_pence, toString(drift_pence) FROM periods FINAL"
-            " WHERE period = {period:String}",
-            {"period": text},
-        )[0]
-        self._say(f"{text} closed: {count} documents, net {pounds_text(net)}, held {pounds_text(held)}")
-        return Closed(text, count, net, held, drift)
+            write_files(Documents(self._clickhouse), parse_month(text), self._out)
+        self._say(closed.summary())
+        return closed
 
-    def _say_what_is_waited_for(self, text: str, detail: str) -> None:
-        said = f"{text}: {detail}" if detail else f"{text}: waits for period-close to take the request"
-        for role, code in self._installation.dead().items():
-            said += (
-                f"; the worker {role} has ended (exit code {code}): start it again with "
-                f"`tribill --config {self._installation.settings_file} worker {role}`"
-            )
-        if said != self._said:
-            self._say(said)
-            self._said = said
+    def _dead_workers(self) -> str:
+        """What to add to what is waited for: a worker that has ended is not started again by itself."""
+        return "".join(
+            f"; the worker {role} has ended (exit code {code}): start it again with "
+            f"`tribill --config {self._installation.settings_file} worker {role}`"
+            for role, code in self._installation.dead().items()
+        )
 
     def _report_refused(self) -> None:
         rows = self._clickhouse.query(

@@ -106,8 +106,17 @@ class EmbeddedStack:
     @property
     def parts(self) -> list[Part]:
         """Every part with its address and process id, for the line that is printed of each."""
-        pids = {name: part.process.pid for name, part in self._embedded.items() if part.process is not None}
+        pids = {
+            name: part.process.pid
+            for name, part in self._embedded.items()
+            if part.process is not None and part.process.exit_code is None
+        }
         return [Part(name, address, pids.get(name)) for name, address in self._addresses.items()]
+
+    @property
+    def embedded(self) -> set[str]:
+        """The names of the parts that this stack starts itself."""
+        return set(self._embedded)
 
     def start(self) -> Self:
         """Start the missing parts side by side and return when all are ready. Call it in the main thread.

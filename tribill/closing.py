@@ -1,0 +1,76 @@
+"""Asking for a close and waiting for its answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from rating.amounts import pounds_text
+from rating.calendar import LONDON, month_text
+from sinks.clickhouse import ClickHouse
+from sinks.documents import Documents
+from streams.codec import Codec
+from streams.producer import Outbox
+from streams.settings import Settings
+from streams.topics import PERIOD_EVENTS
+
+_POLL_SECONDS = 0.1
+
+
+class CloseRefused(Exception):
+    """A close that was refused; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """What a close came to."""
+
+    period: str
+    documents: int
+    net_pence: int
+    held_pence: int
+    drift: str
+
+    def summary(self) -> str:
+        """One line for a person."""
+        return (
+            f"{self.period} closed: {self.documents} documents, net {pounds_text(self.net_pence)}, "
+            f"held {pounds_text(self.held_pence)}, drift {self.drift}"
+        )
+
+
+def previous_month() -> str:
+    """The London month before this one."""
+    now = datetime.now(UTC).astimezone(LONDON)
+    return month_text(now.year * 12 + now.month - 2)
+
+
+def close_and_wait(settings: Settings, period: str, say: Callable[[str], None], add: Callable[[], str] = str) -> Closed:
+    """Asks for the close of a period and returns when its documents are final.
+
+    Says what is waited for whenever that changes, with what `add` has to add.  Raises CloseRefused.
+    """
+    clickhouse = ClickHouse(settings)
+    documents = Documents(clickhouse)
+    value = Codec(settings).encode("CloseRequested", {"period": period})
+    offset = Outbox(settings).deliver(PERIOD_EVENTS, value, key=period)
+    said = ""
+    while True:
+        answer = documents.answer_since(period, settings.log_generation, offset)
+        if answer is not None and answer[0] == "refused":
+            raise CloseRefused(f"the close of {period} is refused: {answer[1]}")
+        if answer is not None and answer[0] == "closed":
+            break
+        waits = (answer[1] if answer else f"{period} waits for period-close to take the request") + add()
+        if waits != said:
+            say(waits)
+            said = waits
+        time.sleep(_POLL_SECONDS)
+    row = clickhouse.query(
+        "SELECT documents, net_pence, held_pence, toString(round(drift_pence, 2)) FROM periods FINAL"
+        " WHERE period = {period:String}",
+        {"period": period},
+    )[0]
+    return Closed(period, *row)

@@ -1,0 +1,75 @@
+"""`tribill import`: what the importers read of real files, published or written as an interchange file."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from streams.settings import Settings
+from tribill.importers import IMPORTERS, Problem
+from tribill.interchange import Publisher
+
+
+def import_all(
+    kind: str,
+    files: Sequence[Path],
+    settings: Settings,
+    target: Path | None,
+    known: Path | None,
+    keep_partial: bool,
+    say: Callable[[str], None],
+) -> tuple[int, int]:
+    """Imports the files; returns how many records were published (or written) and how many rows were bad.
+
+    `known` names a file of the practices that exist.  An order is placed once, so a file of orders
+    with a bad row is held back unless `keep_partial`.
+    """
+    practices = _first_column(known) if known is not None else None
+    recorded_at = datetime.now(UTC)
+    published = problems = 0
+    with ExitStack() as stack:
+        publisher = Publisher(settings) if target is None else None
+        file = stack.enter_context(target.open("w", encoding="utf-8")) if target is not None else None
+
+        def send(record: dict[str, Any]) -> None:
+            if file is not None:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            elif publisher is not None:
+                publisher.send_record(record["topic"], record["value"])
+
+        for path in files:
+            held: list[dict[str, Any]] = []
+            bad = 0
+            for found in IMPORTERS[kind](path, recorded_at=recorded_at, practices=practices):
+                if isinstance(found, Problem):
+                    bad += 1
+                    say(str(found))
+                elif kind == "orders":
+                    held.append(found)
+                else:
+                    send(found)
+                    published += 1
+                    if published % 100_000 == 0:
+                        say(f"{published} records")
+            if bad and held and not keep_partial:
+                say(f"{path}: held back because of {bad} bad rows; mend it, or give --keep-partial")
+            else:
+                for record in held:
+                    send(record)
+                published += len(held)
+            problems += bad
+        if publisher is not None:
+            problems += publisher.flush()
+    return published, problems
+
+
+def _first_column(path: Path) -> set[str]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file)
+        next(rows, None)
+        return {row[0].strip() for row in rows if row}
