@@ -222,11 +222,14 @@ def _free_of_included(line: Line, book: Book, month: int, charge: MonthCharge) -
     remaining: dict[int, tuple[Price, int]] = {}
     if first < end and days:
         free = 0
+        sole = len(book.by_service[service]) == 1
         for day in range(first, end):
             quantity = days.get(day, 0)
-            if not quantity or book.takers(service, day)[:1] != [line]:
+            if not quantity:
                 continue
             price = line.price.at(day)
+            if not price.is_on_demand or not (sole or book.takers(service, day)[0] is line):
+                continue
             charge.quantity_micros += quantity
             released = min(quantity, max(0, price.included_micros - free))
             free += released

@@ -160,6 +160,34 @@ _EMBEDDED = {"session_timeout_seconds": 6}
 
 
 @cli.command()
+@click.option("--practices", default=10_000, show_default="all, 6,151", help="At most so many practices.")
+@click.option("--events", default=1_000_000, show_default=True, help="So many usage events.")
+@click.option("--seed", default=1, show_default=True, help="The same seed makes the same events.")
+@click.option("--out", type=_FOLDER, help="Write lines.csv, held.csv and the documents of both closes here.")
+@click.option("--exit", "ends", is_flag=True, help="End after the summary; otherwise the page stays up.")
+def demo(practices: int, events: int, seed: int, out: Path | None, ends: bool) -> None:
+    """See a real month of GP IT services, from order to invoice, in a few minutes.
+
+    Real practices, list sizes, systems and prices of England; January 2021 in fast motion: call-off
+    orders, go-lives, a million SMS, a list-size publication that is backdated, a merger, duplicates,
+    late events and garbage.  Closes January, then February with what came late.
+    """
+    import tempfile
+
+    from tribill.demo import demo as show
+    from tribill.embedded.process import ProcessFailed
+    from tribill.up import UpFailed
+
+    if practices < 3:
+        raise click.BadParameter("the demonstration needs at least 3 practices", param_hint="--practices")
+    with tempfile.TemporaryDirectory(prefix="tribill-demo-") as directory:
+        try:
+            show(Path(directory), practices, events, seed, out, not ends, say)
+        except (UpFailed, ProcessFailed, TimeoutError) as error:
+            raise _Failure(str(error)) from None
+
+
+@cli.command()
 @click.pass_context
 def web(context: click.Context) -> None:
     """Serve the live page, its events and /metrics until stopped.  Read only."""

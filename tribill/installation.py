@@ -98,7 +98,7 @@ class Installation:
     def ready(self, role: str) -> bool:
         """Whether a role's worker has its partitions."""
         try:
-            url = f"http://127.0.0.1:{self.worker_ports[role]}/ready/"
+            url = f"http://127.0.0.1:{self.worker_ports[role]}/ready"
             with urllib.request.urlopen(url, timeout=1) as answer:  # our own worker
                 return bool(answer.status == 200)
         except OSError:

@@ -98,7 +98,7 @@ def up(directory: Path, settings: Settings, accept_lost_tail: bool, say: Callabl
             for part in held.stack.parts:
                 say(f"{part.name:<14} {part.address}" + (f"  (pid {part.pid})" if part.pid else "  (external)"))
             for role, worker in held.workers.items():
-                say(f"{'worker ' + role:<22} http://127.0.0.1:{held.worker_ports[role]}/metrics/  (pid {worker.pid})")
+                say(f"{'worker ' + role:<22} http://127.0.0.1:{held.worker_ports[role]}/metrics  (pid {worker.pid})")
             say(f"settings       {held.settings_file}  (tribill --config ... publish, close, worker)")
             say(f"page           http://127.0.0.1:{held.settings.web_port}/")
             say(f"ready after {time.monotonic() - started:.0f} s; Ctrl-C drains and stops")
