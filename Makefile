@@ -1,0 +1,46 @@
+# What a stranger types.  Everything is set up in .venv in this folder; only Python 3.11+ is needed.
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: help setup demo test lint lock bench-rating clean
+
+help:
+	@echo "make demo   a month of GP IT services, live and closed (ARGS=\"--exit --out DIR\" passes options on)"
+	@echo "make test   set up and pass the tests"
+	@echo "make setup  the environment alone; the command is then .venv/bin/tribill"
+	@echo "make lint   ruff and mypy"
+	@echo "make lock   renew the lock files after a change of dependencies"
+	@echo "make bench-rating  re-rate a national book of charge lines"
+
+setup: .venv/installed
+
+.venv/installed: requirements-dev.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tribill needs Python 3.11 or newer; name one: make PYTHON=python3.12 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing what requirements-dev.lock names into .venv ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+demo: setup
+	@$(BIN)/tribill demo $(ARGS)
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy rating streams agents sinks tribill web
+
+test: setup lint
+	@$(BIN)/python -m pytest $(ARGS)
+
+lock: setup
+	@$(BIN)/python -m uv pip compile --quiet --generate-hashes --universal --python-version 3.11 --no-header \
+		--no-annotate --no-emit-index-url pyproject.toml -o requirements.lock
+	@$(BIN)/python -m uv pip compile --quiet --generate-hashes --universal --python-version 3.11 --no-header \
+		--no-annotate --no-emit-index-url --extra embedded --extra dev pyproject.toml -o requirements-dev.lock
+
+bench-rating: setup
+	@$(BIN)/python -m bench.rating $(ARGS)
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

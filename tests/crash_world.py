@@ -1,0 +1,459 @@
+"""A tribill in one process for crash tests: real agents, real ClickHouse and Redis, a log in memory.
+
+The broker is not what is tested, so topics are lists.  Everything an agent does to the outside goes
+through a `Fuse`, which can kill the agent before or after any single call: the agent object is then
+thrown away, as a killed process loses its memory, and another one reads on from the last committed
+offset.  What had been sent stays sent, what had been inserted stays inserted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from agents.charges import Charges
+from agents.context import Context
+from agents.contracts import Contracts
+from agents.funding import Funding
+from agents.intake import Intake
+from agents.period_close import PeriodClose
+from agents.reference import Reference
+from agents.usage import Usage
+from rating.book import Book
+from rating.calendar import financial_year, parse_month
+from rating.close import csv_rows, derive
+from rating.funding import allocation_exact, draw_down
+from sinks.accruals import Accruals, decimal, fraction_text
+from sinks.claims import Claims
+from sinks.clickhouse import ClickHouse
+from sinks.dead_letters import DeadLetters
+from sinks.documents import Documents
+from sinks.ledger import Ledger
+from sinks.positions import place_text
+from streams.batch import Batch
+from streams.codec import Codec
+from streams.settings import Settings
+from streams.topics import (
+    ACCRUALS,
+    CHARGE_INPUTS,
+    CONTRACT_CHANGES,
+    FUNDING_INPUTS,
+    INVOICES,
+    PERIOD_EVENTS,
+    REFERENCE_CHANGES,
+    USAGE_ACCEPTED,
+    configurations,
+    input_topics,
+    partition_for,
+    usage_topics,
+)
+from tests.oracle.strategies import ARRIVAL
+from tribill.interchange import Publisher
+
+Place = tuple[str, int]
+Found = TypeVar("Found")
+
+#: Topics that no agent reads: how many records of them were sent before a crash makes no difference.
+UNREAD = (ACCRUALS, INVOICES)
+_ARRIVAL_MS = int(ARRIVAL.timestamp() * 1000)
+
+
+class CrashNow(BaseException):
+    """The process is killed here; no `except Exception` may save it."""
+
+
+@dataclass(slots=True)
+class Entry:
+    """A record of the log in memory."""
+
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+
+
+@dataclass(slots=True)
+class Fuse:
+    """Counts an agent's calls to the outside and kills it at one of them.
+
+    `at` counts from 1; 0 never blows.  `before`: the call is not made any more; else it was made.
+    """
+
+    at: int = 0
+    before: bool = False
+    calls: list[str] = field(default_factory=list)
+
+    def call(self, name: str, action: Callable[[], Found]) -> Found:
+        """Makes a call, or dies of it."""
+        self.calls.append(name)
+        if len(self.calls) == self.at and self.before:
+            raise CrashNow(f"before {name}")
+        result = action()
+        if len(self.calls) == self.at:
+            raise CrashNow(f"after {name}")
+        return result
+
+
+class MemoryLog:
+    """Topics as lists, with every record stamped a millisecond later than the one before."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.counts = {name: count for name, (count, _) in configurations(settings).items()}
+        self.records: dict[Place, list[Entry]] = {
+            (name, partition): [] for name, count in self.counts.items() for partition in range(count)
+        }
+        self._clock = _ARRIVAL_MS
+
+    def append(self, topic: str, value: bytes | None, key: str | bytes | None, partition: int) -> Place:
+        """Adds a record; returns the partition that it went to."""
+        raw = key.encode() if isinstance(key, str) else key
+        if partition < 0:
+            partition = partition_for((raw or b"").decode(errors="replace"), self.counts[topic])
+        entries = self.records[topic, partition]
+        self._clock += 1
+        entries.append(Entry(len(entries), self._clock, raw, value))
+        return topic, partition
+
+    def end(self, place: Place) -> int:
+        """One past the last offset."""
+        return len(self.records[place])
+
+
+class MemoryOutbox:
+    """What agents send, into the log: at once (the worst case for a crash) or only when flushed.
+
+    `held`: a worker that was cut off; what it sent arrives when `release` is called.
+    """
+
+    def __init__(self, log: MemoryLog, fuse: Fuse, *, eager: bool = True, held: bool = False) -> None:
+        self._log = log
+        self._fuse = fuse
+        self._eager = eager and not held
+        self.held = held
+        self._waiting: list[tuple[str, bytes | None, str | bytes | None, int]] = []
+        self._unread_seen: set[str] = set()
+
+    def send(
+        self,
+        topic: str,
+        value: bytes | None,
+        *,
+        key: str | bytes | None = None,
+        partition: int = -1,
+        timestamp_ms: int = 0,
+        headers: Sequence[tuple[str, bytes]] = (),
+    ) -> None:
+        """As `streams.producer.Outbox.send`."""
+        record = (topic, value, key, partition)
+        if topic in UNREAD:
+            return
+        if self._eager:
+            self._fuse.call(f"send {topic}", lambda: self._log.append(*record))
+        else:
+            self._fuse.call(f"send {topic}", lambda: self._waiting.append(record))
+
+    def flush(self) -> None:
+        """As `streams.producer.Outbox.flush`."""
+        self._fuse.call("flush", lambda: None if self.held else self.release())
+
+    def release(self) -> None:
+        """What waits arrives."""
+        waiting, self._waiting = self._waiting, []
+        for record in waiting:
+            self._log.append(*record)
+
+
+class FusedClickHouse(ClickHouse):
+    """ClickHouse, with every write behind the fuse."""
+
+    def __init__(self, settings: Settings, fuse: Fuse, client: Any) -> None:
+        super().__init__(settings)
+        self._fuse = fuse
+        self._client = client
+
+    def insert(self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        if rows:
+            self._fuse.call(f"insert {table}", lambda: super(FusedClickHouse, self).insert(table, columns, rows))
+
+    def insert_arrow(self, table: str, rows: pa.Table) -> None:
+        if rows.num_rows:
+            self._fuse.call(f"insert {table}", lambda: super(FusedClickHouse, self).insert_arrow(table, rows))
+
+    def command(self, statement: str, parameters: Any = None) -> None:
+        self._fuse.call("command", lambda: super(FusedClickHouse, self).command(statement, parameters))
+
+
+class FusedClaims(Claims):
+    """The claim store, behind the fuse."""
+
+    fuse: Fuse
+
+    def claim(self, identities: Sequence[str], claim: Sequence[str]) -> Any:
+        return self.fuse.call("claim", lambda: super(FusedClaims, self).claim(identities, claim))
+
+
+class FusedContext(Context):
+    """An agent's context over the log in memory."""
+
+    def __init__(self, role: str, world: World, fuse: Fuse, *, eager: bool, held: bool) -> None:
+        self.fuse = fuse
+        self.settings = world.settings
+        self.codec = world.codec
+        self.outbox = MemoryOutbox(world.log, fuse, eager=eager, held=held)  # type: ignore[assignment]
+        self.clickhouse = FusedClickHouse(world.settings, fuse, world.clickhouse._client)
+        self.ledger = Ledger(self.clickhouse)
+        self.dead_letters = DeadLetters(
+            role, world.settings.log_generation, self.clickhouse, self.outbox, self.codec
+        )
+
+    def claims(self) -> Claims:
+        claims = FusedClaims(self.settings, lambda: not self.ledger.has_usage())
+        claims.fuse = self.fuse
+        return claims
+
+
+class _LogBroker:
+    """What the close asks of the broker: where each partition ends."""
+
+    def __init__(self, log: MemoryLog) -> None:
+        self._log = log
+
+    def end_offsets(self, topics: Iterable[str]) -> dict[Place, int]:
+        wanted = set(topics)
+        return {place: len(entries) for place, entries in self._log.records.items() if place[0] in wanted}
+
+
+class SteadyCharges(Charges):
+    """Charges that rate up to the month of the setting, whatever day the test runs on."""
+
+    def _horizon(self) -> int:
+        return parse_month(self._context.settings.horizon_month)
+
+
+AGENTS: dict[str, Any] = {
+    "intake": Intake,
+    "contracts": Contracts,
+    "reference": Reference,
+    "usage": Usage,
+    "charges": SteadyCharges,
+    "funding": Funding,
+    "period-close": PeriodClose,
+}
+
+
+class World:
+    """An installation: log, ledger, claims, and one agent a role."""
+
+    def __init__(
+        self,
+        clickhouse: str,
+        redis: str,
+        horizon: str,
+        suppliers: Iterable[str] = (),
+        **settings: Any,
+    ) -> None:
+        wanted: dict[str, Any] = {
+            "kafka": "127.0.0.1:1",
+            "clickhouse": clickhouse,
+            "redis": redis,
+            "partitions": 2,
+            "supplier_topics": ",".join(suppliers),
+            # So that claims alone decide what is new: without it all usage of a test's past is looked up.
+            "claim_window_days": 20_000,
+            "horizon_month": horizon,
+            "close_any_period": True,
+        }
+        self.settings = Settings(**(wanted | settings))
+        self.codec = Codec(self.settings)
+        self._publisher = Publisher.__new__(Publisher)
+        self._publisher._codec, self._publisher._refused, self._publisher.sent = self.codec, [], 0
+        self.log = MemoryLog(self.settings)
+        self._publisher._outbox = MemoryOutbox(self.log, Fuse())  # type: ignore[assignment]
+        self.clickhouse = ClickHouse(self.settings)
+        self.clickhouse.migrate()
+        self.documents = Documents(self.clickhouse)
+        self.committed: dict[tuple[str, Place], int] = {}
+        self.agents: dict[str, Any] = {}
+        #: Each batch that was done, with the agent's calls.
+        self.done: list[tuple[str, list[str]]] = []
+        #: Asked before each batch; True: it is not done now.
+        self.on_batch: Callable[[str, Place, Batch], bool] | None = None
+
+    def drop(self) -> None:
+        """Gives the database back."""
+        self.clickhouse.command(f"DROP DATABASE {self.clickhouse.database}")
+
+    # --- the log ---
+
+    def say(self, line: dict[str, Any]) -> None:
+        """An interchange line, encoded as `tribill publish` does."""
+        self._publisher.send_record(line["topic"], line["value"])
+
+    def request_close(self, period: str) -> int:
+        """Asks for a close; returns the request's offset."""
+        self.log.append(PERIOD_EVENTS, self.codec.encode("CloseRequested", {"period": period}), period, 0)
+        return self.log.end((PERIOD_EVENTS, 0)) - 1
+
+    def places(self, role: str) -> list[Place]:
+        """The partitions that a role reads."""
+        topics = {
+            "intake": usage_topics(self.settings),
+            "contracts": [CONTRACT_CHANGES],
+            "reference": [REFERENCE_CHANGES],
+            "usage": [USAGE_ACCEPTED],
+            "charges": [CHARGE_INPUTS],
+            "funding": [FUNDING_INPUTS],
+            "period-close": [PERIOD_EVENTS],
+        }[role]
+        return [place for place in self.log.records if place[0] in topics]
+
+    def waiting(self, role: str, place: Place) -> int:
+        """How many records a role has still to do in a partition."""
+        return self.log.end(place) - self.committed.get((role, place), 0)
+
+    def batch(self, place: Place, first: int, size: int) -> Batch:
+        """Records of a partition."""
+        return Batch(*place, self.log.records[place][first : first + size])
+
+    # --- the agents ---
+
+    def start(self, role: str, fuse: Fuse | None = None, *, eager: bool = True, held: bool = False) -> Any:
+        """A new agent, which knows nothing yet."""
+        agent = AGENTS[role](FusedContext(role, self, fuse or Fuse(), eager=eager, held=held))
+        if isinstance(agent, PeriodClose):
+            agent._broker = _LogBroker(self.log)  # type: ignore[assignment]
+            agent._wait = lambda period, cut: None  # type: ignore[method-assign]  # there is no consumer group
+        return agent
+
+    def step(self, role: str, place: Place, size: int = 10_000) -> bool:
+        """The role's agent does the next batch; False when it died of it and must be started anew."""
+        first = self.committed.get((role, place), 0)
+        agent = self.agents.get(role)
+        if agent is None:
+            agent = self.agents[role] = self.start(role)
+        batch = self.batch(place, first, size)
+        before = len(agent._context.fuse.calls)
+        try:
+            if self.on_batch is not None and self.on_batch(role, place, batch):
+                return False
+            agent.do(batch)
+        except CrashNow:
+            del self.agents[role]
+            return False
+        self.done.append((role, agent._context.fuse.calls[before:]))
+        self.committed[role, place] = batch.end_offset
+        return True
+
+    def crash(self, role: str, batch: Batch, at: int, *, before: bool = False, eager: bool = True) -> bool:
+        """Another agent of the role does a batch and is killed at a call; False when it made fewer calls.
+
+        What the batch left is there, its offset is not committed, and no agent knows of it.
+        """
+        self.agents.pop(role, None)
+        try:
+            self.start(role, Fuse(at, before), eager=eager).do(batch)
+        except CrashNow:
+            return True
+        return False
+
+    def drain(self, roles: Iterable[str] = AGENTS, size: int = 10_000) -> None:
+        """Every stage does all that there is."""
+        for role in roles:
+            for place in self.places(role):
+                while self.waiting(role, place):
+                    self.step(role, place, size)
+
+    # --- what came out ---
+
+    def dead_letters(self) -> list[tuple[Any, ...]]:
+        """What was refused, and why."""
+        return self.clickhouse.query(
+            "SELECT toString(agent), toString(topic), partition, offset, index, field, reason FROM dead_letters FINAL"
+            " ORDER BY ALL"
+        )
+
+    def book(self) -> Book:
+        """What the ledger says of all that is in the log."""
+        ends = {place_text(*place): self.log.end(place) for place in self.log.records}
+        close = PeriodClose.__new__(PeriodClose)
+        close._context = self.start("intake")._context
+        usage = close._context.ledger.totals_at_cut(
+            self.settings.log_generation,
+            {text: end for text, end in ends.items() if text.rpartition("/")[0] in input_topics(self.settings)},
+        )
+        return close._book(self.settings.log_generation, ends, usage)
+
+    def check_closes(self, expected: Iterable[Any]) -> None:
+        """The closed rows are the oracle's, and the accruals agreed with them at each cut."""
+        for close in expected:
+            period = parse_month(close.period)
+            for kind, rows in (("invoiced", close.lines), ("held", close.held)):
+                found = [tuple(row) for row in csv_rows(self.documents.rows(period, kind), period)]
+                assert found == [tuple(row) for row in rows], f"{kind} of {close.period}"
+        drifts = self.clickhouse.query("SELECT period, toString(drift_pence) FROM periods FINAL WHERE drift_pence != 0")
+        assert drifts == [], "the accruals differed from the ledger at a close (promise 3)"
+
+    def check_state(self) -> None:
+        """Accruals, cached totals and allocations drawn are what the ledger gives (promise 3)."""
+        horizon = parse_month(self.settings.horizon_month)
+        book = self.book()
+        derived = derive(book, horizon)
+        exact = {key: amount for key, amount in derived.exact.items() if amount}
+        assert Accruals(self.clickhouse).exact_up_to(horizon) == exact, "accruals"
+        self._check_totals(book)
+        self._check_drawn(book, derived.wanted)
+
+    def _check_totals(self, book: Book) -> None:
+        standing = {
+            (item_id, ods_code, day): quantity
+            for (item_id, ods_code), days in book.usage.items()
+            for day, quantity in days.items()
+            if quantity
+        }
+        if charges := self.agents.get("charges"):
+            held = {
+                (*service, day): quantity
+                for state in charges._states.values()
+                for service, days in state.usage.items()
+                for day, quantity in days.items()
+                if quantity
+            }
+            ours = {partition for partition in charges._states}
+            assert held == {
+                key: quantity
+                for key, quantity in standing.items()
+                if partition_for(key[0], self.settings.partitions) in ours
+            }, "day totals that charges have been told"
+        if usage := self.agents.get("usage"):
+            for totals in usage._totals.values():
+                cached = {
+                    (item_id, ods_code, day): quantity
+                    for (ods_code, item_id, day), quantity in totals.micros.items()
+                    if quantity
+                }
+                expected = {key: each for key, each in standing.items() if key[1] in totals.practices}
+                assert cached == expected, "day totals in the usage agent's memory"
+
+    def _check_drawn(self, book: Book, wanted: dict[tuple[str, int], Fraction]) -> None:
+        found = {
+            (party, month): (allocation, total, coverage)
+            for party, month, allocation, total, coverage in self.clickhouse.query(
+                "SELECT ordering_party, month, allocation_pence, wanted_pence, coverage FROM allocations_drawn FINAL"
+            )
+        }
+        by_year: dict[tuple[str, int], dict[int, Fraction]] = {}
+        for (party, month), amount in wanted.items():
+            by_year.setdefault((party, financial_year(month)), {})[month] = amount
+        for (party, year), months in by_year.items():
+            allocation = allocation_exact(book.reference, party, year)
+            for month, drawn in draw_down(allocation, months, year).items():
+                if month in months and months[month]:
+                    row = (decimal(allocation), decimal(drawn.wanted), fraction_text(drawn.coverage))
+                    assert found.pop((party, month)) == row, f"drawn of {party} in {month}"
+        rest = {key: row for key, row in found.items() if row[1] != Decimal(0)}
+        assert rest == {}, "allocations drawn by what wants nothing"
