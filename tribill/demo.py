@@ -216,18 +216,29 @@ class Book:
             }
             yield value, chance() * 1000 < LATE
 
-    def garbage(self, number: int) -> bytes:
-        """What a broken supplier sends."""
-        kind = number % 4
-        if kind == 0:
-            return self._random.randbytes(40)
-        reading = {"id": f"bad-{number}", "supplier_id": ACCURX, "ods_code": "A81001", "item_id": SMS}
-        reading |= {"quantity": "NaN" if kind == 1 else "1", "occurred_at": "2021-01-05T10:00:00Z"}
-        if kind == 2:
-            reading["item_id"] = FOUNDATION[EMIS]
-        if kind == 3:
-            reading["occurred_at"] = "2200-01-01T00:00:00Z"
-        return json.dumps(reading).encode()
+    def garbage(self, number: int, codec: Codec) -> bytes:
+        """What a broken supplier sends: noise, NaN, another supplier's item, the year 2200, a negative."""
+        reading = {
+            "id": f"bad-{number}",
+            "revision": 0,
+            "supplier_id": ACCURX,
+            "ods_code": "A81001",
+            "item_id": SMS,
+            "quantity": Decimal(1),
+            "occurred_at": datetime(2021, 1, 5, 10, tzinfo=UTC),
+        }
+        match number % 5:
+            case 0:
+                return self._random.randbytes(40)
+            case 1:
+                return json.dumps(reading | {"quantity": "NaN", "occurred_at": "2021-01-05T10:00:00Z"}).encode()
+            case 2:
+                reading["item_id"] = FOUNDATION[EMIS]
+            case 3:
+                reading["occurred_at"] = datetime(2200, 1, 1, tzinfo=UTC)
+            case _:
+                reading["quantity"] = Decimal(-1)
+        return codec.encode("Usage", reading)
 
 
 class Demonstration:
@@ -268,11 +279,12 @@ class Demonstration:
                 self._publisher.send_record(topic, value)
                 count += 1
         self._publisher.flush()
+        self._finish(f"{count:,} reference and contract changes are sent; the agents read them")
         parties = len({site.party for site in book.sites})
         orders = len(set(book.orders.values()))
         self._say(
             f"{len(book.sites):,} practices under {parties} ordering parties, {orders} call-off orders with "
-            f"{len(book.orders):,} charge lines; {count:,} changes sent"
+            f"{len(book.orders):,} charge lines"
         )
 
     def _stream(self) -> None:
@@ -284,14 +296,14 @@ class Demonstration:
                     say_at = time.monotonic() + 2
                     self._tick(day)
             if day == 13:
-                before = self._accrued()
+                before = self._accrued(day)
                 count = 0
                 for topic, value in self._book.published_list_sizes():
                     self._publisher.send_record(topic, value)
                     count += 1
                 self._publisher.flush()
                 self._finish(f"14 January: {count:,} list sizes of 1 January are published, a fortnight late")
-                self._say(f"  accrued for {MONTH}: {pounds_text(before)} -> {pounds_text(self._accrued())}")
+                self._say(f"  accrued up to today: {pounds_text(before)} -> {pounds_text(self._accrued(day))}")
             if day == 17:
                 for topic, value in self._book.endings():
                     self._publisher.send_record(topic, value)
@@ -311,23 +323,29 @@ class Demonstration:
             self._outbox.send(USAGE, encoded, key=code)
         self._sent += copies
         if self._events % (1000 // GARBAGE) == 0:
-            self._outbox.send(USAGE, self._book.garbage(self._events // 1000), key=code)
+            self._outbox.send(USAGE, self._book.garbage(self._events // 1000, self._codec), key=code)
             self._sent += 1
 
     def _tick(self, day: int) -> None:
         (rows,) = self._clickhouse.query("SELECT count() FROM usage")[0]
         self._say(
             f"{date.fromordinal(FIRST_DAY.toordinal() + day)}  sent {self._sent:>9,}  in the ledger {rows:>9,}  "
-            f"accrued for {MONTH} {pounds_text(self._accrued()):>14}"
+            f"accrued {pounds_text(self._accrued(day)):>13}"
         )
         watch(self._held, self._say)
 
-    def _accrued(self) -> int:
-        """The accrual of the month in whole pence, for showing."""
+    def _accrued(self, day: int) -> int:
+        """The national accrual at the end of a day of the month, in whole pence, for showing."""
         rows = self._clickhouse.query(
-            "SELECT toInt256(sum(charge_pence)) FROM (SELECT argMax(charge_pence, version) AS charge_pence"
-            " FROM accruals WHERE month = {month:Int32} GROUP BY order_number, item_id, ods_code)",
-            {"month": parse_month(MONTH)},
+            """
+            SELECT toInt256(sum(
+                arraySum(
+                    (first, until, each) -> each * greatest(0, dateDiff('day', first, least(until, {after:Date32}))),
+                    time_from, time_to, time_day_pence)
+                + arraySum((day, pence) -> if(day < {after:Date32}, pence, toDecimal256(0, 18)), days, days_pence)))
+            FROM accruals FINAL WHERE month = {month:Int32}
+            """,
+            {"month": parse_month(MONTH), "after": FIRST_DAY + timedelta(days=day + 1)},
         )
         return int(rows[0][0] or 0)
 
