@@ -1,7 +1,8 @@
 """Records on the wire: Avro in the Confluent format, and the same records in their interchange form.
 
 The wire format is a zero byte, the schema's id in four bytes (big-endian), and the Avro body.
-Without a schema registry the ids are those of `FIXED_IDS`; they never change.
+Without a schema registry the ids are those of `schemas/released`: every version of a schema that was
+ever written stays there under its id, so that a record can always be read with its writer's schema.
 """
 
 from __future__ import annotations
@@ -22,22 +23,6 @@ from rating.amounts import micros, micros_text
 from rating.records import Refused
 from streams.settings import Settings
 
-#: The schemas that stand on topics, with their ids where no registry gives them.
-FIXED_IDS = {
-    "Usage": 1,
-    "UsageBatch": 2,
-    "ContractChange": 3,
-    "ReferenceChange": 4,
-    "UsageComplete": 5,
-    "CloseRequested": 6,
-    "CutFixed": 7,
-    "PeriodClosed": 8,
-    "DeadLetter": 9,
-    "Accrual": 10,
-    "Document": 11,
-    "AcceptedChanges": 12,
-    "WantedOfAllocations": 13,
-}
 _HEADER = struct.Struct(">bI")
 
 
@@ -64,6 +49,22 @@ def _parsed(name: str) -> Any:
     return fastavro.parse_schema(schema_source(name))
 
 
+@cache
+def released() -> dict[int, tuple[str, dict[str, Any]]]:
+    """Every version of a schema that was ever released: its id to its name and source."""
+    found = {}
+    for file in resources.files("schemas").joinpath("released").iterdir():
+        number, _, name = file.name.removesuffix(".avsc").partition("-")
+        found[int(number)] = (name, dict(json.loads(file.read_text())))
+    return dict(sorted(found.items()))
+
+
+@cache
+def fixed_ids() -> dict[str, int]:
+    """The id that records of a name are written with where no registry gives one: the newest version's."""
+    return {name: number for number, (name, _) in released().items()}
+
+
 class Codec:
     """Encodes and decodes every record; with a registry set, schemas are registered and looked up there."""
 
@@ -73,10 +74,8 @@ class Codec:
             from confluent_kafka.schema_registry import SchemaRegistryClient
 
             self._registry = SchemaRegistryClient({"url": settings.schema_registry})
-        self._ids: dict[str, int] = {} if self._registry else dict(FIXED_IDS)
-        self._writers: dict[int, tuple[str, Any]] = {
-            number: (name, _parsed(name)) for name, number in self._ids.items()
-        }
+        self._ids: dict[str, int] = {} if self._registry else dict(fixed_ids())
+        self._writers: dict[int, tuple[str, Any]] = {}
 
     def encode(self, name: str, value: Mapping[str, Any]) -> bytes:
         """A record's bytes.  Raises Refused when a value does not fit its type."""
@@ -120,17 +119,24 @@ class Codec:
 
     def _writer(self, number: int) -> tuple[str, Any]:
         if number not in self._writers:
-            if self._registry is None:
+            name, source = self._looked_up(number) if self._registry else released().get(number, ("", {}))
+            if name not in fixed_ids():
                 raise Undecodable(f"names schema id {number}, which is none of ours")
-            try:
-                source = json.loads(self._registry.get_schema(number).schema_str)
-            except Exception as error:
-                raise Undecodable(f"names schema id {number}: {error}") from None
-            name = str(source.get("name", "")).rpartition(".")[2] if isinstance(source, dict) else ""
-            if name not in FIXED_IDS:
-                raise Undecodable(f"names schema id {number}, a {name or 'type'} that is none of ours")
             self._writers[number] = (name, fastavro.parse_schema(source))
         return self._writers[number]
+
+
+    def _looked_up(self, number: int) -> tuple[str, dict[str, Any]]:
+        from confluent_kafka.schema_registry.error import SchemaRegistryError
+
+        try:
+            source = json.loads(self._registry.get_schema(number).schema_str)
+        except SchemaRegistryError as error:
+            if error.http_status_code == 404:
+                raise Undecodable(f"names schema id {number}, which the registry does not have") from None
+            raise ConnectionError(f"the schema registry: {error}") from None
+        named = isinstance(source, dict) and source.get("type") == "record"
+        return (str(source["name"]).rpartition(".")[2], source) if named else ("", {})
 
 
 # --- the interchange form -------------------------------------------------------------------

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any, TypeVar
+from unittest import mock
 
 import pyarrow as pa
 
@@ -207,9 +208,7 @@ class FusedContext(Context):
         self.outbox = MemoryOutbox(world.log, fuse, eager=eager, held=held)  # type: ignore[assignment]
         self.clickhouse = FusedClickHouse(world.settings, fuse, world.clickhouse._client)
         self.ledger = Ledger(self.clickhouse)
-        self.dead_letters = DeadLetters(
-            role, world.settings.log_generation, self.clickhouse, self.outbox, self.codec
-        )
+        self.dead_letters = DeadLetters(role, world.settings.log_generation, self.clickhouse, self.outbox, self.codec)
 
     def claims(self) -> Claims:
         claims = FusedClaims(self.settings, lambda: not self.ledger.has_usage())
@@ -246,6 +245,16 @@ AGENTS: dict[str, Any] = {
 }
 
 
+def same(what: str, found: dict[Any, Any], expected: dict[Any, Any]) -> None:
+    """Says what differs, as (found, expected)."""
+    different = {
+        key: (found.get(key), expected.get(key))
+        for key in sorted(found.keys() | expected.keys())
+        if found.get(key) != expected.get(key)
+    }
+    assert not different, f"{what}, (found, expected): {different}"
+
+
 class World:
     """An installation: log, ledger, claims, and one agent a role."""
 
@@ -270,10 +279,9 @@ class World:
         }
         self.settings = Settings(**(wanted | settings))
         self.codec = Codec(self.settings)
-        self._publisher = Publisher.__new__(Publisher)
-        self._publisher._codec, self._publisher._refused, self._publisher.sent = self.codec, [], 0
         self.log = MemoryLog(self.settings)
-        self._publisher._outbox = MemoryOutbox(self.log, Fuse())  # type: ignore[assignment]
+        with mock.patch("tribill.interchange.Outbox", lambda _: MemoryOutbox(self.log, Fuse())):
+            self._publisher = Publisher(self.settings)
         self.clickhouse = ClickHouse(self.settings)
         self.clickhouse.migrate()
         self.documents = Documents(self.clickhouse)
@@ -404,7 +412,7 @@ class World:
         book = self.book()
         derived = derive(book, horizon)
         exact = {key: amount for key, amount in derived.exact.items() if amount}
-        assert Accruals(self.clickhouse).exact_up_to(horizon) == exact, "accruals"
+        same("accruals", Accruals(self.clickhouse).exact_up_to(horizon), exact)
         self._check_totals(book)
         self._check_drawn(book, derived.wanted)
 
@@ -423,12 +431,13 @@ class World:
                 for day, quantity in days.items()
                 if quantity
             }
-            ours = {partition for partition in charges._states}
-            assert held == {
+            ours = set(charges._states)
+            expected = {
                 key: quantity
                 for key, quantity in standing.items()
                 if partition_for(key[0], self.settings.partitions) in ours
-            }, "day totals that charges have been told"
+            }
+            same("day totals that charges have been told", held, expected)
         if usage := self.agents.get("usage"):
             for totals in usage._totals.values():
                 cached = {
@@ -437,7 +446,7 @@ class World:
                     if quantity
                 }
                 expected = {key: each for key, each in standing.items() if key[1] in totals.practices}
-                assert cached == expected, "day totals in the usage agent's memory"
+                same("day totals in the usage agent's memory", cached, expected)
 
     def _check_drawn(self, book: Book, wanted: dict[tuple[str, int], Fraction]) -> None:
         found = {
@@ -452,7 +461,7 @@ class World:
         for (party, year), months in by_year.items():
             allocation = allocation_exact(book.reference, party, year)
             for month, drawn in draw_down(allocation, months, year).items():
-                if month in months and months[month]:
+                if months.get(month):
                     row = (decimal(allocation), decimal(drawn.wanted), fraction_text(drawn.coverage))
                     assert found.pop((party, month)) == row, f"drawn of {party} in {month}"
         rest = {key: row for key, row in found.items() if row[1] != Decimal(0)}

@@ -16,9 +16,9 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,8 +30,8 @@ from hypothesis import strategies as st
 from rating.calendar import month_text, parse_month
 from streams.batch import Batch
 from streams.codec import FIXED_IDS
-from streams.topics import CHARGE_INPUTS, FUNDING_INPUTS, PERIOD_EVENTS, partition_for
-from tests.crash_world import AGENTS, CrashNow, Fuse, World
+from streams.topics import CHARGE_INPUTS, PERIOD_EVENTS, partition_for
+from tests.crash_world import AGENTS, World
 from tests.oracle import oracle
 from tests.oracle.strategies import ARRIVAL, books
 from tribill.embedded.stack import EmbeddedStack
@@ -386,3 +386,359 @@ def test_a_kill_at_any_step(role: str, new_world: NewWorld, undisturbed: Any) ->
             if error := case.exception():
                 failed.append(f"{kill}: {type(error).__name__} {str(error)[:500]}")
     assert not failed, f"{len(failed)} of {len(cases)} kills:\n" + "\n".join(failed)
+
+
+# --- what the kills above do not reach ------------------------------------------------------
+
+AT_WORK = [role for role in AGENTS if role != "period-close"]
+METERED_ORDER = [
+    contract(C1, "c1", OrderPlaced=placed("C010001-01", "QOP", "10030", ordered(S, P1, METERED, BY_ALLOCATION))),
+    reached(C1, "c2", S, P1, "M1", "2026-04-01"),
+    reached(C1, "c3", S, P1, "M2", "2026-04-01"),
+]
+
+
+def test_usage_moved_in_the_longer_batch(new_world: NewWorld) -> None:
+    """A day total published by a killed agent would stand although its reading was moved in the same, longer batch."""
+    world = new_world(HORIZON)
+    for line in [*METERED_ORDER, used("u1", "2026-04-03", "3"), used("u1", "2026-04-07", "3", revision=1)]:
+        world.say(line)
+    world.drain(["contracts", "intake"], 1)
+    place = next(place for place in world.places("usage") if world.waiting("usage", place))
+    assert world.waiting("usage", place) == 2
+    world.crash("usage", world.batch(place, 0, 1), 4)
+    world.drain(AT_WORK)
+    world.check_state()
+
+
+def test_a_copy_that_lost_in_the_longer_batch(new_world: NewWorld) -> None:
+    """A killed agent's total of a copy would stand when the longer batch has an earlier one of another day."""
+    world = new_world(HORIZON, SUPPLIERS)
+    for line in [*METERED_ORDER, used("u1", "2026-04-03", "3"), used("u1", "2026-04-07", "3", topic="usage.10030")]:
+        world.say(line)
+    world.drain(["contracts"])
+    for place in reversed(world.places("intake")):
+        if world.waiting("intake", place):
+            world.step("intake", place)
+    place = next(place for place in world.places("usage") if world.waiting("usage", place))
+    assert world.waiting("usage", place) == 2
+    world.crash("usage", world.batch(place, 0, 1), 4)
+    world.drain(AT_WORK)
+    world.check_state()
+
+
+def test_an_order_revived_after_a_restart(new_world: NewWorld) -> None:
+    """An order whose retraction is retracted would have no lines in charges that were started in between."""
+    world = new_world(HORIZON)
+    for line in [*METERED_ORDER, used("u1", "2026-04-03", "3"), contract(C1, "c4", Retracted={"change_id": "c1"})]:
+        world.say(line)
+    world.drain(AT_WORK)
+    world.agents.clear()
+    world.say(used("u2", "2026-04-04", "3"))
+    world.drain(AT_WORK)
+    world.say(contract(C1, "c5", Retracted={"change_id": "c4"}))
+    world.drain(AT_WORK)
+    world.check_state()
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_an_overlapping_order_takes_over(new_world: NewWorld, restart: bool) -> None:
+    """Usage that another order's line took would stay uncharged when that order is retracted."""
+    world = new_world(HORIZON)
+    other = contract(C2, "c1", OrderPlaced=placed("C010002-01", "QHM", "10030", ordered(S, P1, METERED, BY_PARTY)))
+    live = reached(C2, "c2", S, P1, "M1", "2026-04-01")
+    for line in [*METERED_ORDER, other, live, used("u1", "2026-04-03", "3")]:
+        world.say(line)
+    world.drain(AT_WORK)
+    world.check_state()
+    if restart:
+        world.agents.clear()
+    world.say(contract(C1, "c4", Retracted={"change_id": "c1"}))
+    world.drain(AT_WORK)
+    world.check_state()
+
+
+def test_changes_in_several_records(new_world: NewWorld) -> None:
+    """Charges killed between two records of one large batch of changes would miss what the first said."""
+    world = new_world(HORIZON)
+    long = "r" * 1_500_000
+    for line in [
+        contract(C1, "c1", OrderPlaced=placed("C010001-01", "QOP", "10030", ordered(A, P1, PATIENTS, BY_PARTY))),
+        reached(C1, "c2", A, P1, "M1", "2026-04-01"),
+    ]:
+        world.say(line)
+    world.drain(AT_WORK)
+    for number in (1, 2):
+        size = {"ods_code": P1, "as_of": f"2026-0{number + 3}-01", "patients": 1000 * number}
+        world.say(reference(P1, f"{long}{number}", ListSize=size))
+    world.drain(["reference"])
+    place = (CHARGE_INPUTS, partition_for(A, 2))
+    while world.waiting("charges", place):
+        world.agents.clear()
+        world.step("charges", place, 1)
+    world.drain(AT_WORK)
+    world.check_state()
+    world.say(reached(C1, "c3", A, P1, "M2", "2026-04-01"))
+    world.drain(AT_WORK)
+    world.check_state()
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_the_horizon_moves(new_world: NewWorld, restart: bool) -> None:
+    """Charges started anew in another month would not write that month of lines that nothing touches."""
+    world = new_world("2026-05")
+    for line in [
+        contract(C1, "c1", OrderPlaced=placed("C010001-01", "QOP", "10030", ordered(A, P1, PATIENTS, BY_PARTY))),
+        reached(C1, "c2", A, P1, "M1", "2026-04-01"),
+    ]:
+        world.say(line)
+    world.drain(AT_WORK)
+    world.check_state()
+    world.settings = replace(world.settings, horizon_month="2026-06")
+    if restart:
+        world.agents.clear()
+        world.say(reference("X1", "r1", ListSize={"ods_code": "X1", "as_of": "2026-04-01", "patients": 5}))
+        world.drain(AT_WORK)
+    else:
+        world.agents["charges"]._context.settings = world.settings
+    world.agents["charges"].idle()
+    world.drain(AT_WORK)
+    world.check_state()
+
+
+@pytest.mark.parametrize("said_again", ["another day", "another revision"])
+def test_a_claim_that_has_expired(new_world: NewWorld, said_again: str) -> None:
+    """A reading said again for a recent day would count twice when its first claim has expired."""
+    today = datetime.now(UTC)
+    world = new_world(max(HORIZON, str(today.date())[:7]), claim_window_days=45)
+    old, recent = (str((today - timedelta(days)).date()) for days in (60, 1))
+    for line in [*METERED_ORDER, used("u0", old, "1"), used("u1", old, "3")]:
+        world.say(line)
+    world.drain(AT_WORK)
+    claims = redis_client.Redis.from_url(world.settings.redis)
+    keys = claims.keys("u:*")
+    assert keys
+    claims.delete(*keys)
+    world.say(used("u1", recent, "4", revision=1 if said_again == "another revision" else 0))
+    world.drain(AT_WORK)
+    world.check_state()
+
+
+def test_a_batch_keeps_its_good_readings(new_world: NewWorld) -> None:
+    """One bad reading of a UsageBatch would take the others with it (RULES 1: each by itself)."""
+    world = new_world(HORIZON)
+    reading = {"item_id": S, "quantity": "8", "occurred_at": "2026-04-11T10:00:00Z"}
+    bad = [{"id": "b2"} | reading | {"quantity": "-8"}, {"id": "b3"} | reading | {"occurred_at": "2026-04-11T10:00:00"}]
+    usages = [{"id": "b1"} | reading, *bad, {"id": "b4"} | reading]
+    head = {"supplier_id": "10030", "ods_code": P1}
+    world.say({"topic": "usage", "value": {"UsageBatch": head | {"usages": usages}}})
+    world.drain(AT_WORK)
+    assert world.clickhouse.query("SELECT id FROM usage ORDER BY id") == [("b1",), ("b4",)]
+    assert len(world.dead_letters()) == 2
+
+
+# --- zombies: agents that have lost their partition and go on -------------------------------
+
+
+def test_late_funding_of_a_zombie(new_world: NewWorld) -> None:
+    """What a line no longer wants of a party would come back with the late word of cut-off charges."""
+    world = new_world(HORIZON)
+    order = ordered(A, P1, PATIENTS, [{"payer": "NHSE", "take": "allocation"}, *BY_PARTY])
+    for line in [
+        reference("QOP", "r1", Allocation={"ordering_party": "QOP", "financial_year": 2026, "amount": "1000"}),
+        contract(C1, "c1", OrderPlaced=placed("C010001-01", "QOP", "10030", order)),
+        reached(C1, "c2", A, P1, "M1", "2026-04-01"),
+    ]:
+        world.say(line)
+    world.drain(["contracts", "reference"])
+    place = (CHARGE_INPUTS, partition_for(A, 2))
+    zombie = world.start("charges", held=True)
+    zombie.do(world.batch(place, 0, 100))
+    world.say(contract(C1, "c3", FundingChanged={"item_id": A, "funding": BY_PARTY, "from": "2026-03-01"}))
+    world.drain(AT_WORK)
+    zombie._context.outbox.release()
+    world.drain(AT_WORK)
+    world.check_state()
+
+
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_late_totals_of_a_zombie(new_world: NewWorld, first: int) -> None:
+    """Day totals as of an older offset, arriving late, would replace newer ones."""
+    world = new_world(HORIZON)
+    readings = [used("u1", "2026-04-03", "3"), used("u2", "2026-04-03", "4"), used("u1", "2026-04-07", "5", revision=1)]
+    for line in [*METERED_ORDER, *readings]:
+        world.say(line)
+    world.drain(["contracts", "intake"], 1)
+    place = next(place for place in world.places("usage") if world.waiting("usage", place))
+    zombie = world.start("usage", held=True)
+    zombie.do(world.batch(place, 0, first))
+    world.drain(AT_WORK, 2)
+    zombie._context.outbox.release()
+    world.agents.pop("usage")
+    world.drain(AT_WORK)
+    world.check_state()
+    # It goes on with what it still has in hand, overlapping what its successor did.
+    world.say(used("u2", "2026-04-09", "4", revision=1))
+    world.drain(AT_WORK, 1)
+    zombie.do(world.batch(place, 0, 4))
+    zombie._context.outbox.release()
+    world.drain(AT_WORK)
+    world.check_state()
+
+
+# --- Redis away, Redis emptied --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("away", ["killed", "emptied"])
+def test_redis_goes_away(stack: EmbeddedStack, new_world: NewWorld, away: str) -> None:
+    """A duplicate would count twice, or usage be lost, while claims are gone (promise 2)."""
+    world = new_world(HORIZON, SUPPLIERS)
+    lines = iter(BOOK)
+    first = [next(lines) for _ in range(22)]
+    for line in first:
+        world.say(line)
+    world.drain(AT_WORK)
+    try:
+        if away == "killed":
+            stack.kill("redis")
+        else:
+            redis_client.Redis.from_url(stack.redis).flushall()
+        # All again, and what is new; then half of it again once Redis is back, empty.
+        for line in [*first, *(line for line in lines if "close" not in line)]:
+            world.say(line)
+        world.drain(["intake"], 3)
+        for place in world.places("usage"):
+            if world.waiting("usage", place):
+                world.crash("usage", world.batch(place, world.committed.get(("usage", place), 0), 4), 2)
+        world.drain(AT_WORK, 3)
+        world.check_state()
+    finally:
+        if away == "killed":
+            stack.restart("redis")
+    for line in BOOK:
+        if "close" not in line and line["topic"].startswith("usage"):
+            world.say(line)
+    world.drain(AT_WORK, 5)
+    world.check_state()
+    assert (
+        world.clickhouse.query("SELECT id, revision FROM usage GROUP BY ALL HAVING uniqExact(topic, offset) > 1") == []
+    )
+
+
+# --- any schedule ---------------------------------------------------------------------------
+
+
+class Schedule:
+    """Plays a book in random steps: fetches of any size, kills at any call, zombies, an emptied Redis."""
+
+    def __init__(self, world: World, seed: int) -> None:
+        self.world = world
+        self.random = random.Random(seed)
+        #: Cut-off agents: role, agent, and where in each partition it stands.
+        self.zombies: list[tuple[str, Any, dict[tuple[str, int], int]]] = []
+        self.redis = redis_client.Redis.from_url(world.settings.redis)
+        self.told: list[str] = []
+
+    def play(self, book: list[Record]) -> None:
+        """The whole book; before each close every stage has done all."""
+        for lines, period in parts(book):
+            for line in lines:
+                self.world.say(line)
+                if self.random.random() < 0.3:
+                    self.some()
+            while any(self.world.waiting(role, place) for role in AT_WORK for place in self.world.places(role)):
+                self.some()
+            if period:
+                self._close(period)
+        for role, agent, _ in self.zombies:
+            self.told.append(f"the {role} zombie's word arrives")
+            agent._context.outbox.release()
+        self.world.drain(AT_WORK)
+
+    def some(self) -> None:
+        """One thing happens."""
+        roles = [
+            (role, place) for role in AT_WORK for place in self.world.places(role) if self.world.waiting(role, place)
+        ]
+        if not roles:
+            return
+        role, place = self.random.choice(roles)
+        first = self.world.committed.get((role, place), 0)
+        batch = self.world.batch(place, first, self.random.choice([1, 2, 3, 5, 10_000]))
+        chance = self.random.random()
+        if chance < 0.2:
+            at, before, eager = self.random.randint(1, 8), self.random.random() < 0.5, self.random.random() < 0.7
+            died = self.world.crash(role, batch, at, before=before, eager=eager)
+            self.told.append(
+                f"{role} {place} {first}-{batch.end_offset} killed at call {at}: {died}, {before=} {eager=}"
+            )
+        elif chance < 0.3:
+            self._cut_off(role)
+        elif chance < 0.4 and self.zombies:
+            self._zombie()
+        elif chance < 0.43:
+            self.told.append("Redis is emptied")
+            self.redis.flushdb()
+        else:
+            self.told.append(f"{role} {place} {first}-{batch.end_offset}")
+            self.world.step(role, place, len(batch.records))
+
+    def _cut_off(self, role: str) -> None:
+        """The agent has lost its partitions and does not know it yet: what it sends from now on is late."""
+        if agent := self.world.agents.pop(role, None):
+            self.told.append(f"{role} is cut off")
+            outbox = agent._context.outbox
+            outbox.held, outbox._eager = True, False
+            stands = {place: end for (each, place), end in self.world.committed.items() if each == role}
+            self.zombies.append((role, agent, stands))
+
+    def _zombie(self) -> None:
+        role, agent, stands = self.zombies[self.random.randrange(len(self.zombies))]
+        if self.random.random() < 0.5:
+            self.told.append(f"the {role} zombie's word arrives")
+            agent._context.outbox.release()
+            return
+        place = self.random.choice(self.world.places(role))
+        batch = self.world.batch(place, stands.get(place, 0), self.random.choice([1, 3, 10_000]))
+        if batch.records:
+            self.told.append(f"the {role} zombie does {place} {batch.first_offset}-{batch.end_offset}")
+            agent.do(batch)
+            stands[place] = batch.end_offset
+
+    def _close(self, period: str) -> None:
+        offset = self.world.request_close(period)
+        place = (PERIOD_EVENTS, 0)
+        while self.world.waiting("period-close", place):
+            if self.random.random() < 0.3:
+                first = self.world.committed.get(("period-close", place), 0)
+                at = self.random.randint(1, 12)
+                self.told.append(f"the close of {period} is killed at call {at}")
+                self.world.crash("period-close", self.world.batch(place, first, 10_000), at)
+            self.world.step("period-close", place, self.random.choice([1, 10_000]))
+        answer = self.world.documents.answer_since(period, self.world.settings.log_generation, offset)
+        assert answer is not None, "whoever asked for the close waits for ever"
+        assert answer[0] == "closed", answer
+
+
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    print_blob=True,
+)
+@given(book=books(flat_only=False, max_events=8), seed=st.integers(0, 2**32))
+def test_any_schedule(new_world: NewWorld, book: list[Record], seed: int) -> None:
+    """Documents would depend on how the work was cut up, who was killed, or what came late."""
+    closes = [line["close"] for line in book if "close" in line]
+    world = new_world(month_text(parse_month(max(closes)) + 1), ("10000", "10052"))
+    schedule = Schedule(world, seed)
+    try:
+        schedule.play(book)
+        world.check_closes(oracle.run(book, arrival=ARRIVAL).closes)
+        world.check_state()
+    except BaseException:
+        print(f"seed {seed}; what happened:", *schedule.told, sep="\n  ")
+        raise
+    finally:
+        world.drop()

@@ -9,14 +9,10 @@ import json
 import os
 import random
 import re
-import shlex
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +20,6 @@ import pytest
 
 from tests.oracle import oracle
 from tests.oracle.strategies import is_usage, usage_keys
-from tests.test_crash_steps import BOOK, contract, ordered, placed, price, reached, reference, used
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc"),

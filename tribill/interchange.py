@@ -21,7 +21,14 @@ from sinks.dead_letters import DeadLetter, DeadLetters
 from streams.codec import Codec, from_interchange
 from streams.producer import Outbox
 from streams.settings import Settings
-from streams.topics import BLOCK_MAX_BYTES, CONTRACT_CHANGES, PERIOD_EVENTS, REFERENCE_CHANGES, USAGE
+from streams.topics import (
+    BLOCK_MAX_BYTES,
+    CONTRACT_CHANGES,
+    PERIOD_EVENTS,
+    REFERENCE_CHANGES,
+    USAGE,
+    input_topics,
+)
 
 #: A longer line is no record of anything; it is not even read whole.
 LINE_MAX_BYTES = 16 * 1024 * 1024
@@ -114,6 +121,7 @@ class Publisher:
         self._codec = Codec(settings)
         self._outbox = Outbox(settings)
         self._letters = DeadLetters("publish", settings.log_generation, ClickHouse(settings), self._outbox, self._codec)
+        self._topics = {*input_topics(settings), PERIOD_EVENTS}
         self._refused: list[DeadLetter] = []
         self.sent = 0
 
@@ -121,6 +129,10 @@ class Publisher:
         """Sends a line's record; what has no topic is kept for the dead letters."""
         if line.reason:
             self._refuse(line, line.reason)
+            return
+        if line.topic not in self._topics:
+            supplier = line.topic.removeprefix(f"{USAGE}.")
+            self._refuse(line, f"topic: nobody reads {line.topic}; add {supplier} to TRIBILL_SUPPLIER_TOPICS")
             return
         key, value = self._encode(line)
         if len(value) > BLOCK_MAX_BYTES:

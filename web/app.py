@@ -7,11 +7,14 @@ the ledger is asked nothing.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import resources
 from typing import Any, TypeVar
 
@@ -77,10 +80,12 @@ class Away(Exception):
 
 
 class _Worker:
-    """Asks one thing at a time in a thread of its own; who waits may give up, the thread may not."""
+    """Asks one thing at a time in another thread; who waits may give up, the question may not.
 
-    def __init__(self, name: str) -> None:
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix=name)
+    The threads are daemons: a ledger that hangs does not keep the process from ending.
+    """
+
+    def __init__(self) -> None:
         self._running: asyncio.Future[Any] | None = None
         self._turn = asyncio.Lock()
         self.busy_since: float | None = None
@@ -90,19 +95,30 @@ class _Worker:
         async with asyncio.timeout(seconds), self._turn:
             if self._running is not None:
                 await asyncio.wait([self._running])
+            loop = asyncio.get_running_loop()
+            running: asyncio.Future[Result] = loop.create_future()
+            self._running = running
             self.busy_since = time.monotonic()
-            self._running = asyncio.get_running_loop().run_in_executor(self._threads, question)
-            self._running.add_done_callback(self._done)
-            return await asyncio.shield(self._running)
 
-    def _done(self, future: asyncio.Future[Any]) -> None:
-        self.busy_since = None
-        if not future.cancelled():
-            future.exception()  # who asked may be gone
+            def settle(result: Any, error: Exception | None) -> None:
+                self.busy_since = None
+                if error is None:
+                    running.set_result(result)
+                else:
+                    running.set_exception(error)
+                    running.exception()  # who asked may be gone
 
-    def close(self) -> None:
-        """Waits for nothing: the process is about to end."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+            def run() -> None:
+                answer: tuple[Any, Exception | None]
+                try:
+                    answer = question(), None
+                except Exception as error:
+                    answer = None, error
+                with contextlib.suppress(RuntimeError):  # the loop has ended
+                    loop.call_soon_threadsafe(settle, *answer)
+
+            threading.Thread(target=run, daemon=True).start()
+            return await asyncio.shield(running)
 
 
 class Live:
@@ -113,20 +129,21 @@ class Live:
         self._queries = Queries(ClickHouse(settings))
         self._pictures = Pictures(self._queries, settings)
         self._broker: Broker | None = None
-        self._ledger_worker = _Worker("ledger")
-        self._broker_worker = _Worker("broker")
+        self._ledger_worker = _Worker()
+        self._broker_worker = _Worker()
         self._progress: Progress | None = None
         self._progress_at = -_PROGRESS_HOLDS_SECONDS
         self._progress_task: asyncio.Task[None] | None = None
         self._next_progress = 0.0
+        self._ledger_away = False
         self._scrape = asyncio.Lock()
         self._scraped_at = -SCRAPE_SECONDS
+        self.figures_known = False
         self._listeners: Counter[Month] = Counter()
         self._listening = asyncio.Event()
         self._news = asyncio.Condition()
         self._events: dict[Month, tuple[float, bytes]] = {}
         self.closing = False
-        self.last_answer = time.monotonic()
 
     # --- the broker ---
 
@@ -157,13 +174,14 @@ class Live:
     async def _ask_ledger(self, question: Callable[[], Result], seconds: float) -> Result:
         try:
             answer = await self._ledger_worker.ask(question, seconds)
-        except TimeoutError:
-            raise Away("the ledger takes long to answer") from None
         except Exception as error:
-            # Whatever it is, the stream goes on; what exactly is for the log, not for the page.
-            log.warning("the ledger is away", error=str(error)[:300])
-            raise Away("the ledger does not answer") from error
-        self.last_answer = time.monotonic()
+            # Whatever it is, the stream goes on; what exactly is for the log (once), not for the page.
+            if not self._ledger_away:
+                log.warning("the ledger is away", error=str(error)[:300] or type(error).__name__)
+            self._ledger_away = True
+            slow = isinstance(error, TimeoutError)
+            raise Away("the ledger takes long to answer" if slow else "the ledger does not answer") from error
+        self._ledger_away = False
         return answer
 
     async def picture(self, month: Month) -> dict[str, Any]:
@@ -182,11 +200,10 @@ class Live:
                 # After a pause there is none to show: a scrape can wait a little.
                 await asyncio.wait([self._progress_task], timeout=3)
             known = self._look_at_progress()
-            await self._ask_ledger(
-                lambda: self._pictures.set_gauges(self._pictures.now(), known), PATIENCE_SECONDS
-            )
+            await self._ask_ledger(lambda: self._pictures.set_gauges(self._pictures.now(), known), PATIENCE_SECONDS)
             self._scraped_at = time.monotonic()
             FIGURES_AT.set_to_current_time()
+            self.figures_known = True
 
     async def ping(self) -> None:
         """Returns when the ledger answers.  Raises Away."""
@@ -221,6 +238,14 @@ class Live:
         # JSON has no line breaks of its own, so an event is one line of data whatever suppliers wrote.
         return f"event: {name}\ndata: {json.dumps(value, separators=(',', ':'))}\n\n".encode()
 
+    def _newest(self, month: Month) -> tuple[float, bytes]:
+        at, event = self._events.get(month, (0.0, b""))
+        # One left from when somebody last listened says nothing of now.
+        return (at, event) if time.monotonic() - at < 2 * (REFRESH_SECONDS + PATIENCE_SECONDS) else (0.0, b"")
+
+    def _is_news(self, month: Month, seen: float) -> bool:
+        return self.closing or self._newest(month)[0] > seen
+
     def full(self) -> bool:
         """Whether no one more may listen."""
         return self._listeners.total() >= MAX_LISTENERS
@@ -232,12 +257,13 @@ class Live:
         seen = 0.0
         try:
             while not self.closing:
-                at, event = self._events.get(month, (0.0, b""))
-                if at > seen and time.monotonic() - at < 2 * REFRESH_SECONDS + PATIENCE_SECONDS:
+                at, event = self._newest(month)
+                if at > seen:
                     seen = at
                     yield event
-                async with self._news:
-                    await self._news.wait()
+                else:
+                    async with self._news:
+                        await self._news.wait_for(partial(self._is_news, month, seen))
         finally:
             self._listeners[month] -= 1
             if not self._listeners[month]:
@@ -250,11 +276,6 @@ class Live:
         self.closing = True
         async with self._news:
             self._news.notify_all()
-
-    def stop(self) -> None:
-        """Lets the threads go."""
-        self._ledger_worker.close()
-        self._broker_worker.close()
 
 
 LIVE: web.AppKey[Live] = web.AppKey("live", Live)
@@ -272,7 +293,7 @@ def application(settings: Settings) -> web.Application:
 
     for path in files:
         app.router.add_get(path, show_file)
-    app.router.add_get("/events", _events)
+    app.router.add_get("/events", _events, allow_head=False)
     app.router.add_get("/metrics", _metrics)
     for slash in ("", "/"):
         app.router.add_get(f"/health{slash}", _health)
@@ -285,7 +306,6 @@ def application(settings: Settings) -> web.Application:
         yield
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        live.stop()
 
     async def end_streams(app: web.Application) -> None:
         await app[LIVE].close()
@@ -297,6 +317,8 @@ def application(settings: Settings) -> web.Application:
 
 def serve(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT.  Raises SettingsError, and OSError when the port is taken."""
+    # It logs each failure to connect; ours say once that the ledger is away.
+    logging.getLogger("clickhouse_connect").setLevel(logging.CRITICAL)
     web.run_app(
         application(settings),
         host=settings.bind,
@@ -369,7 +391,7 @@ async def _metrics(request: web.Request) -> web.Response:
     try:
         await request.app[LIVE].gauges()
     except Away as reason:
-        if not FIGURES_AT._value.get():
+        if not request.app[LIVE].figures_known:
             raise web.HTTPServiceUnavailable(text=str(reason)) from None
     return web.Response(
         body=prometheus_client.generate_latest(),

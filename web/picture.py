@@ -16,7 +16,7 @@ from decimal import ROUND_HALF_UP, Context, Decimal
 from typing import Any, Generic, TypeVar
 
 from rating.amounts import micros_text
-from rating.calendar import LONDON, first_day, financial_year, month_start, month_text
+from rating.calendar import LONDON, financial_year, first_day, month_start, month_text
 from sinks import metrics
 from streams.settings import Settings
 from web.progress import Progress

@@ -19,12 +19,12 @@ _LIMIT = " SETTINGS max_execution_time = 20"
 #: others are judged as the usage agent does: the highest revision, of it the first by position.  Two
 #: identities with the same hash are both judged, so the hash decides nothing but the way.
 _STANDING = """
-SELECT item_id, ods_code, sum(toInt256(quantity)) AS quantity_micros
+SELECT item, practice, sum(toInt256(quantity)) AS units
 FROM (
-    SELECT any(item_id) AS item_id, any(ods_code) AS ods_code, any(quantity_micros) AS quantity
+    SELECT any(item_id) AS item, any(ods_code) AS practice, any(quantity_micros) AS quantity
     FROM usage GROUP BY sipHash64(ods_code, supplier_id, id) HAVING count() = 1
     UNION ALL
-    SELECT content.1 AS item_id, ods_code, content.2 AS quantity
+    SELECT content.1 AS item, ods_code AS practice, content.2 AS quantity
     FROM (
         SELECT ods_code,
                argMin((item_id, quantity_micros),
@@ -36,7 +36,7 @@ FROM (
         GROUP BY ods_code, supplier_id, id
     )
 )
-GROUP BY item_id, ods_code
+GROUP BY item, practice
 """
 
 
@@ -218,19 +218,19 @@ class Queries:
         """Usage less what the accruals count, by item and practice, where there is more of it."""
         rows = self._rows(
             f"""
-            SELECT toString(item_id), ods_code, sum(quantity_micros) AS waiting,
+            SELECT toString(item), practice, sum(units) AS waiting,
                    count() OVER (), sum(waiting) OVER ()
             FROM (
                 {_STANDING}
                 UNION ALL
-                SELECT item_id, ods_code, -sum(toInt256(quantity_micros)) AS quantity_micros
+                SELECT item_id AS item, ods_code AS practice, -sum(toInt256(quantity_micros)) AS units
                 FROM accruals FINAL
                 -- By a key column, so before the newest is picked; few items are on demand.
                 PREWHERE item_id IN (SELECT DISTINCT item_id FROM usage)
                 GROUP BY item_id, ods_code
             )
-            GROUP BY item_id, ods_code HAVING waiting > 0
-            ORDER BY waiting DESC, item_id, ods_code LIMIT {{largest:UInt32}}
+            GROUP BY item, practice HAVING waiting > 0
+            ORDER BY waiting DESC, item, practice LIMIT {{largest:UInt32}}
             """,  # noqa: S608
             {"largest": largest},
         )

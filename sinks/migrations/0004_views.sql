@@ -2,7 +2,7 @@
 -- `FROM shares_live(month = 24315, at_ms = 1777000000000)`: a month as in `accruals`, and milliseconds since
 -- 1970.  Within a London day both are linear in time: the amount now and its rate say the whole day.
 
-CREATE VIEW accruals_live AS
+CREATE OR REPLACE VIEW accruals_live AS
 WITH
     toDate32(fromUnixTimestamp64Milli({at_ms:Int64}, 'UTC'), 'Europe/London') AS today,
     toUnixTimestamp64Milli(toDateTime64(today, 3, 'Europe/London')) AS began_ms,
@@ -24,7 +24,7 @@ PREWHERE month = {month:Int32};
 -- The waterfalls (RULES 3.9), settled: what each payer has to pay of the month, and of it at the instant.
 -- A payer's part grows as its line does.  Where the line is beyond its month (a later credit takes back
 -- what has accrued), the excess is the last rest payer's, so a line's shares always sum to the line.
-CREATE VIEW shares_live AS
+CREATE OR REPLACE VIEW shares_live AS
 WITH
     -- `123/7` as a decimal.  Of very long fractions both sides lose the same number of digits.
     (text -> if(position(text, '/') > 0, substringIndex(text, '/', -1), '1')) AS lower_of,
