@@ -280,7 +280,7 @@ class World:
         self.settings = Settings(**(wanted | settings))
         self.codec = Codec(self.settings)
         self.log = MemoryLog(self.settings)
-        with mock.patch("tribill.interchange.Outbox", lambda _: MemoryOutbox(self.log, Fuse())):
+        with mock.patch("tribill.interchange.Outbox", return_value=MemoryOutbox(self.log, Fuse())):
             self._publisher = Publisher(self.settings)
         self.clickhouse = ClickHouse(self.settings)
         self.clickhouse.migrate()

@@ -9,10 +9,13 @@ import json
 import os
 import random
 import re
+import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,20 @@ import pytest
 
 from tests.oracle import oracle
 from tests.oracle.strategies import is_usage, usage_keys
+from tests.rich_book import (
+    BOOK,
+    BY_ALLOCATION,
+    BY_CAP,
+    BY_PARTY,
+    METERED,
+    contract,
+    ordered,
+    placed,
+    price,
+    reached,
+    reference,
+    used,
+)
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc"),
@@ -38,7 +55,9 @@ class Run:
         self.out, self.temporary = folder / "out", folder / "tmp"
         self.temporary.mkdir(parents=True)
         file = folder / "events.jsonl"
-        file.write_bytes(b"".join((each if isinstance(each, bytes) else json.dumps(each).encode()) + b"\n" for each in lines))
+        file.write_bytes(
+            b"".join((each if isinstance(each, bytes) else json.dumps(each).encode()) + b"\n" for each in lines)
+        )
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("TRIBILL_")},
             "TMPDIR": str(self.temporary),
@@ -91,6 +110,11 @@ class Run:
         return found
 
 
+def encoded(line: Record) -> bytes:
+    """A line as the file has it."""
+    return json.dumps(line).encode()
+
+
 def command_of(pid: int) -> list[str]:
     """A process's command line."""
     try:
@@ -102,9 +126,12 @@ def command_of(pid: int) -> list[str]:
 def descendants(pid: int) -> set[int]:
     """The processes that a process has started, and those that they have."""
     try:
-        children = {int(each) for path in Path(f"/proc/{pid}/task").glob("*/children") for each in path.read_text().split()}
+        children = {
+            int(each) for path in Path(f"/proc/{pid}/task").glob("*/children") for each in path.read_text().split()
+        }
     except OSError:
         return set()
+    children = {int(each) for found in lists for each in found}
     return children.union(*(descendants(each) for each in children))
 
 
@@ -146,34 +173,207 @@ def using(folder: Path) -> list[list[str]]:
 def mixed(book: Sequence[Record], seed: int) -> list[Record]:
     """The book with its usage between two closes shuffled and half of it doubled.
 
-    Copies of one revision that differ keep their order: which is first decides.
+    Copies of one revision keep their order, because where they differ the first stands.
     """
     shuffle = random.Random(seed)
     found: list[Record] = []
-    part: list[Record] = []
+    chains: dict[Any, list[Record]] = {}
+    others: list[Record] = []
     for line in [*book, {"close": ""}]:
-        if "close" not in line:
-            part.append(line)
-            continue
-        usage = [each for each in part if is_usage(each)]
-        usage += shuffle.sample(usage, len(usage) // 2)
-        ranks = [shuffle.random() for _ in usage]
-        first: dict[Any, float] = {}
-        for rank, each in zip(ranks, usage, strict=True):
-            for key in usage_keys(each):
-                first.setdefault(key, rank)
-        order = {}
-        for place, (rank, each) in enumerate(zip(ranks, usage, strict=True)):
-            order[place] = max([rank, *(first[key] for key in usage_keys(each))]), place
-        shuffled = [usage[place] for place in sorted(order, key=lambda place: order[place])]
-        others = [each for each in part if not is_usage(each)]
-        turns = [True] * len(shuffled) + [False] * len(others)
-        shuffle.shuffle(turns)
-        found += [shuffled.pop(0) if turn else others.pop(0) for turn in turns]
-        if line["close"]:
-            found.append(line)
-        part = []
+        if is_usage(line):
+            keys = usage_keys(line)
+            joined = {id(chain): chain for key in keys if (chain := chains.get(key)) is not None}
+            chain = [each for chain in joined.values() for each in chain]
+            chains |= dict.fromkeys([*keys, *(key for each in chain for key in usage_keys(each))], chain)
+            chain.append(line)
+        elif "close" not in line:
+            others.append(line)
+        else:
+            waiting = [others, *{id(chain): chain for chain in chains.values()}.values()]
+            for each in waiting[1:]:
+                each += shuffle.sample(each, len(each) // 2 + shuffle.randrange(2) * (len(each) % 2))
+            turns = [chain for chain in waiting for _ in chain]
+            shuffle.shuffle(turns)
+            found += [chain.pop(0) for chain in turns]
+            found += [line] if line["close"] else []
+            chains, others = {}, []
     return found
 
 
+def many(book: Sequence[Record], practices: int, readings: int) -> list[Record]:
+    """The book with an order of many practices and their usage, some of it late, revised or twice."""
+    draw = random.Random(20260401)
+    codes = [f"Z{number:05d}" for number in range(practices)]
+    items = ["10030-S-007", "10031-S-008"]
+    lines = [
+        ordered(
+            item, code, price("on_demand", ("1", "0.28"), ("51", "0.017")) | bounds, BY_ALLOCATION if funded else BY_CAP
+        )
+        for number, code in enumerate(codes)
+        for item, bounds, funded in ((items[0], {}, number % 2), (items[1], {"included": "5", "minimum": "3"}, True))
+    ]
+    first = [contract("C010009", "c1", OrderPlaced=placed("C010009-01", "QHM", "10030", *lines))]
+    for number, code in enumerate(codes):
+        size = {"ods_code": code, "as_of": "2026-03-01", "patients": draw.randrange(20_000)}
+        first.append(reference(code, "r1", ListSize=size))
+        for item in items:
+            name = f"{item}{code}"
+            first.append(reached("C010009", f"{name}1", item, code, "M1", f"2026-04-{number % 28 + 1:02d}"))
+            if number % 3:
+                first.append(reached("C010009", f"{name}2", item, code, "M2", f"2026-0{number % 2 + 4}-20"))
+    usage = []
+    for number in range(readings):
+        item = draw.choice(items)
+        day = f"2026-0{draw.choice([4, 4, 5])}-{draw.randrange(1, 31):02d}"
+        reading = used(
+            f"m{draw.randrange(readings)}",
+            day,
+            draw.choice(["1", "0.333333", "12", "0", "700"]),
+            revision=number // 100,
+            item=item,
+            ods=draw.choice(codes),
+            topic=draw.choice(["usage", f"usage.{item[:5]}"]),
+        )
+        usage.append(reading)
+    close = next(place for place, line in enumerate(book) if "close" in line)
+    half = len(usage) // 2
+    return [*first, *usage[:half], *book[:close], book[close], *usage[half:], *book[close + 1 :]]
+
+
 # --- cases ----------------------------------------------------------------------------------
+
+
+def test_a_rich_book(start: Callable[..., Run]) -> None:
+    """The command would come to other money than the rules, or to other money when the stream is mixed."""
+    book = many(BOOK, 25, 1_200)
+    expected = oracle.run(book)
+    assert any(float(row[-1]) < 0 for row in expected.closes[1].lines), "the book has a credit"
+    plain, shuffled = start(book), start(mixed(book, 7))
+    assert "2026-05 closed" in plain.end()
+    plain.check(expected.closes)
+    shuffled.end()
+    shuffled.check(expected.closes)
+
+
+def test_a_year_of_emis_web(start: Callable[..., Run]) -> None:
+    """1.26 per patient a year for 8,461 patients would not sum to 10,660.86, or a month to a penny."""
+    item, practice = "10000-001", "A83005"
+    waterfall = [{"payer": "NHSE", "take": {"per_patient_year": "1.26"}}, {"payer": "@ordering_party", "take": "rest"}]
+    line = ordered(item, practice, price("patient", ("1", "1.26"), unit="year"), waterfall)
+    header = {"commencement": "2026-04-01", "term_months": 12}
+    book = [
+        reference(practice, "r1", ListSize={"ods_code": practice, "as_of": "2026-03-01", "patients": 8461}),
+        contract("C010001", "c1", OrderPlaced=placed("C010001-01", "QOP", "10000", line) | header),
+        reached("C010001", "c2", item, practice, "M1", "2026-04-01"),
+        reached("C010001", "c3", item, practice, "M2", "2026-04-14"),
+    ]
+    closes = [f"2026-{month:02d}" for month in range(4, 13)] + ["2027-01", "2027-02", "2027-03"]
+    run = start(book, *(argument for period in closes for argument in ("--close", period)))
+    run.end()
+    run.check(oracle.run(book, closes=closes).closes)
+    months = []
+    for period in closes:
+        [(*_, for_period, kind, net)] = run.rows(period)
+        assert (for_period, kind) == (period, "charge")
+        assert run.rows(period, "held.csv") == []
+        months.append(Decimal(net))
+    assert sum(months) == Decimal("10660.86")
+    assert max(months) - min(months) <= Decimal("0.01")
+
+
+def test_hostile_lines(start: Callable[..., Run]) -> None:
+    """A line that is nonsense would end the run, take its neighbours with it, or be swallowed unsaid."""
+    item, practice = "10030-S-001", "A83006"
+    good = [
+        contract(
+            "C010001",
+            "c1",
+            OrderPlaced=placed("C010001-01", "QOP", "10030", ordered(item, practice, METERED, BY_PARTY)),
+        ),
+        reached("C010001", "c2", item, practice, "M1", "2026-04-01"),
+        reached("C010001", "c3", item, practice, "M2", "2026-04-01"),
+        used("u1", "2026-04-03", "3"),
+        used("u2", "2026-04-04", "30", topic="usage.10030"),
+    ]
+    gap = [{"from": "1", "to": "10", "price": "1"}, {"from": "12", "price": "2"}]
+    dear = ordered(item, practice, METERED | {"type": "flat", "tiers": [{"from": "1", "price": "-1"}]}, BY_PARTY)
+    holed = ordered(item, practice, METERED | {"tiers": gap}, BY_PARTY)
+    reading = {"item_id": item, "quantity": "5", "occurred_at": "2026-04-06T10:00:00Z"}
+    batch = [{"id": "b1"} | reading, {"id": "b2"} | reading | {"quantity": "-1"}, {"id": "b3"} | reading]
+    head = {"supplier_id": "10030", "ods_code": practice}
+    hostile: list[tuple[Record | bytes, str]] = [
+        (contract("C010002", "c1", OrderPlaced=placed("C010002-01", "QOP", "10030", dear)), r"price.*-1.*negative"),
+        (contract("C010003", "c1", OrderPlaced=placed("C010003-01", "QOP", "10030", holed)), r"tiers.*(12|11|10)"),
+        (used("n1", "2026-04-03", "NaN"), r"quantity.*NaN"),
+        (used("n2", "2200-04-03", "1"), r"occurred_at.*2200.*more than a day"),
+        (used("n3", "2026-04-03", "1", topic="usage.10031"), r"supplier_id.*10030.*topic of supplier '10031'"),
+        (used("n4", "2026-04-03", "1") | {"topic": "usage.10030x"}, r"topic of supplier '10030x'"),
+        (
+            {"topic": "usage", "value": used("n5", "2026-04-03", "1")["value"] | {"item_id": "10031-S-001"}},
+            r"item_id.*10031-S-001.*not an item of supplier '10030'",
+        ),
+        (used("n" * 5_000_000, "2026-04-03", "1"), r"is 5\d{6} bytes long"),
+        (b'{"topic": "usage", "value": ', r"no JSON"),
+        (b"[1, 2]", r"no JSON object"),
+        ({"topic": "usages", "value": {}}, r"'usages'"),
+        (b'{"topic": "usage", "value": {"id": "\xff\xfe"}}', r"no JSON.*(utf|UTF)"),
+        ({"topic": "usage", "value": {"UsageBatch": head | {"usages": batch}}}, r"quantity.*-1.*negative"),
+    ]
+    lines: list[Record | bytes] = []
+    for number, (line, _) in enumerate(hostile):
+        lines += [line, good[number]] if number < len(good) else [line]
+    run = start([*lines, used("u3", "2026-04-05", "7"), {"close": "2026-04"}])
+    said = run.end()
+    understood = [
+        *(each for each in lines if isinstance(each, dict)),
+        used("u3", "2026-04-05", "7"),
+        {"close": "2026-04"},
+    ]
+    run.check(oracle.run(understood).closes)
+    assert f"{len(hostile)} records were refused" in said
+    for line, reason in hostile:
+        assert re.search(reason, said), f"{reason!r} for {str(line)[:200]} is not in\n{said}"
+    assert max(map(len, said.splitlines())) < 1000, "a reason is for a person to read"
+
+
+def test_a_killed_worker(start: Callable[..., Run]) -> None:
+    """A run whose worker was killed would bill without it, hang without a word, or not go on with another."""
+    book = BOOK[: BOOK.index({"close": "2026-04"}) + 1]
+    run = start(book)
+    run.wait_for("private stack")
+    deadline = time.monotonic() + 20
+    while "usage" not in (workers := run.workers()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(workers["usage"], signal.SIGKILL)
+    command = run.wait_for(r"the worker usage has ended.*`tribill ([^`]*)`").group(1)
+    time.sleep(1)
+    assert run.process.poll() is None
+    assert not (run.out / "2026-04" / "lines.csv").exists()
+    again = [sys.executable, "-m", "tribill", *shlex.split(command)]
+    with subprocess.Popen(again, env=run.environment, stderr=subprocess.DEVNULL) as worker:
+        try:
+            run.end()
+        finally:
+            worker.terminate()
+            try:
+                worker.wait(10)
+            except subprocess.TimeoutExpired:
+                worker.kill()
+    run.check(oracle.run(book).closes)
+
+
+def test_ended_or_refused(start: Callable[..., Run]) -> None:
+    """A run that is stopped would leave processes and files; one with a gap would close it or fail silently."""
+    refused = start([*BOOK, {"close": "2026-07"}, *BOOK])
+    early, late = start(BOOK), start([*BOOK, {"close": "2026-06"}])
+    time.sleep(1)
+    early.process.terminate()
+    late.wait_for("private stack")
+    late.process.terminate()
+    early.end(143)
+    late.end(143)
+    said = refused.end(1)
+    assert re.search(r"2026-07 cannot be closed: 2026-05 was closed last, so 2026-06 is next", said)
+    assert "Traceback" not in said + early.said + late.said
+    refused.check(oracle.run(BOOK).closes)

@@ -130,7 +130,7 @@ function show() {
   const a = p.allocations;
   say(byId("allocations-count"), a.parties ? a.year : "");
   say(byId("allocations-note"), a.parties
-    ? `Of £${decimal(a.allocation)} this month's end leaves £${decimal(a.left)}; drawn £${decimal(a.drawn)}.` +
+    ? `£${decimal(a.allocation)} for the year; £${decimal(a.drawn)} drawn to the end of this month, £${decimal(a.left)} left.` +
       (a.parties > a.shown.length ? ` Least and most left of ${count(a.parties)} parties:` : "")
     : "");
   fill("allocations", a.shown.map((each) => [

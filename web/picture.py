@@ -1,8 +1,9 @@
 """The picture of now that the page shows and Prometheus scrapes, from the ledger at little cost.
 
 Asked again, only what may have changed is computed anew: each part remembers the tokens of its tables
-and what it cost, and rests ten times as long as it took.  Money needs no new query while time alone
-passes: within a London day an amount and its rate say every instant.
+and what it cost, and rests ten times as long as it took; and only one costly part is computed for one
+picture, the others wait for the next.  Money needs no new query while time alone passes: within a London
+day an amount and its rate say every instant.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ Value = TypeVar("Value")
 TOP = 10
 #: A part rests so many times as long as it took: the page never costs more than a tenth of one thread.
 _REST = 10
+#: A picture that has cost so much already takes what else has changed from the one before.
+_COSTLY_SECONDS = 0.1
 #: The months whose parts are remembered; a page names its month, so there must be a bound.
 _REMEMBERED = 100
 _MONTHS_IN_METRICS = 13
@@ -68,6 +71,7 @@ class Pictures:
         self._generation = settings.log_generation
         self._floor = settings.arrival_floor_at
         self._parts: OrderedDict[Hashable, _Part[Any]] = OrderedDict()
+        self._spent = 0.0
 
     def now(self) -> datetime:
         """Now; in a replay, which may play ahead of the calendar, the end of what it replays if later."""
@@ -77,11 +81,14 @@ class Pictures:
     def _part(self, name: Hashable, token: Hashable, compute: Callable[[], Value]) -> Value:
         known: _Part[Value] | None = self._parts.get(name)
         started = time.monotonic()
-        if known is not None and (known.token == token or started < known.rests_until):
-            self._parts.move_to_end(name)
-            return known.value
+        if known is not None:
+            may_wait = started < known.rests_until or self._spent > _COSTLY_SECONDS
+            if known.token == token or may_wait:
+                self._parts.move_to_end(name)
+                return known.value
         value = compute()
         ended = time.monotonic()
+        self._spent += ended - started
         self._parts[name] = _Part(value, token, ended + _REST * (ended - started))
         self._parts.move_to_end(name)
         while len(self._parts) > _REMEMBERED:
@@ -92,6 +99,7 @@ class Pictures:
 
     def picture(self, month: int | None, now: datetime, progress: Progress | None) -> dict[str, Any]:
         """What the page shows of a month (None: the live one), as JSON.  Raises what the ledger raises."""
+        self._spent = 0.0
         tokens = self._queries.tokens()
         months = self._part("months", tokens.accruals, self._queries.months)
         shown = self._live_month(now, tokens) if month is None else month
@@ -204,7 +212,7 @@ class Pictures:
                 "documents": each.documents,
                 "net": pounds(each.net_pence, 2),
                 "held": pounds(each.held_pence, 2),
-                "drift": pounds(each.drift_pence, 2) if not each.drift_pence else pounds(each.drift_pence, 20),
+                "drift": pounds(each.drift_pence, 20 if each.drift_pence else 2),
                 "closed_at_ms": _milliseconds(each.closed_at),
             }
             for each in periods[:24]
@@ -217,6 +225,7 @@ class Pictures:
 
         Prometheus knows floats only: these are figures to watch, not to account with.
         """
+        self._spent = 0.0
         tokens = self._queries.tokens()
         for agent, count in self._part("letters by agent", tokens.dead_letters, self._queries.dead_letters).items():
             metrics.DEAD_LETTERS.labels(agent).set(count)
