@@ -25,6 +25,7 @@ from sinks import metrics
 from sinks.dead_letters import DeadLetter
 from sinks.ledger import SaidChange
 from sinks.positions import place_text
+from streams.agent import Agent
 from streams.batch import Batch, Record
 from streams.codec import Undecodable, from_interchange, to_interchange
 from streams.topics import partition_for
@@ -64,11 +65,10 @@ class Decided(Generic[Log]):
     duplicates: int = 0
 
 
-class ChangesAgent(Generic[Log]):
+class ChangesAgent(Agent, Generic[Log]):
     """Admits the changes of one topic."""
 
     role: ClassVar[str]
-    idle_seconds: ClassVar[float] = 0
     topic: ClassVar[str]
     schema: ClassVar[str]
     key_field: ClassVar[str]
@@ -112,9 +112,6 @@ class ChangesAgent(Generic[Log]):
         self._logs[batch.partition] = logs
         metrics.RECORDS.labels(self.role, "accepted").inc(len(accepted))
         metrics.RECORDS.labels(self.role, "duplicate").inc(decided.duplicates)
-
-    def idle(self) -> None:
-        """Nothing to do with time."""
 
     def _restore(self, batch: Batch) -> _Logs[Log]:
         logs: _Logs[Log] = _Logs(batch.first_offset)

@@ -18,7 +18,7 @@ The order of steps for a batch:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from fractions import Fraction
@@ -46,6 +46,7 @@ from rating.records import (
 from sinks import metrics
 from sinks.accruals import AccrualRow, Accruals, fraction_text, group_json
 from sinks.positions import place_text, version
+from streams.agent import Agent
 from streams.batch import Batch, Record
 from streams.topics import (
     ACCRUALS,
@@ -54,11 +55,12 @@ from streams.topics import (
     FUNDING_INPUTS,
     REFERENCE_CHANGES,
     USAGE_ACCEPTED,
+    Place,
     partition_for,
 )
 
 #: Generation, partition and offset of a contract change: its place in the order's log.
-Place = tuple[int, int, int]
+LogPlace = tuple[int, int, int]
 #: Order number and item id: lines that are rated together.
 OrderItem = tuple[str, str]
 _ALWAYS = -1
@@ -70,7 +72,7 @@ class _State:
 
     offset: int
     positions: dict[str, int] = field(default_factory=dict)
-    contracts: dict[str, dict[Place, ContractChange]] = field(default_factory=dict)
+    contracts: dict[str, dict[LogPlace, ContractChange]] = field(default_factory=dict)
     orders: dict[str, Order] = field(default_factory=dict)
     reference: Reference = field(default_factory=Reference)
     usage: dict[Service, dict[int, int]] = field(default_factory=dict)
@@ -84,7 +86,7 @@ class _State:
     horizon: int = 0
 
 
-class Charges:
+class Charges(Agent):
     """The agent of role `charges`."""
 
     role: ClassVar[str] = "charges"
@@ -107,7 +109,7 @@ class Charges:
         with self._lock:
             state = self._states.pop(batch.partition, None)
             if state is None or state.offset != batch.first_offset:
-                state = self._restore(batch)
+                state = self._restore(batch.partition, batch.first_offset)
             for record in batch.records:
                 self._apply(record, state, batch.partition)
             state.offset = batch.end_offset
@@ -115,28 +117,28 @@ class Charges:
             self._states[batch.partition] = state
         metrics.RECORDS.labels(self.role, "accepted").inc(len(batch.records))
 
-    def idle(self) -> None:
-        """Writes accruals ahead when the month has changed."""
+    def idle(self, committed: Mapping[Place, int]) -> None:
+        """Writes accruals ahead when the month has changed, also where nothing arrives."""
         with self._lock:
-            for partition in list(self._states):
-                if self._states[partition].horizon != self._horizon():
-                    state = self._states.pop(partition)
+            for (_, partition), offset in committed.items():
+                state = self._states.pop(partition, None) or self._restore(partition, offset)
+                if state.horizon != self._horizon():
                     self._flush(state, partition)
-                    self._states[partition] = state
+                self._states[partition] = state
 
     # --- step 1: state ---
 
-    def _restore(self, batch: Batch) -> _State:
+    def _restore(self, partition: int, offset: int) -> _State:
         ledger, generation = self._context.ledger, self._generation
-        positions = self._accruals.positions(batch.partition, generation, batch.first_offset)
-        state = _State(batch.first_offset, dict(positions))
+        positions = self._accruals.positions(partition, generation, offset)
+        state = _State(offset, dict(positions))
         for change in ledger.changes(CONTRACT_CHANGES, generation, positions):
             if change.accepted:
                 place = (change.generation, change.partition, change.offset)
                 state.contracts.setdefault(change.key, {})[place] = read_contract_change(change.body)
         for number, changes in list(state.contracts.items()):
             order = Order.fold(number, [changes[place] for place in sorted(changes)])
-            if any(partition_for(item_id, self._partitions) == batch.partition for item_id in order.by_item):
+            if any(partition_for(item_id, self._partitions) == partition for item_id in order.by_item):
                 state.orders[number] = order
             else:
                 # When it reaches this partition, all that was said of it comes with it.
@@ -145,10 +147,11 @@ class Charges:
             if change.accepted:
                 state.reference.say(read_reference_change(change.body))
         for service, days in ledger.totals_accepted(generation, positions).items():
-            if partition_for(service[0], self._partitions) == batch.partition:
+            if partition_for(service[0], self._partitions) == partition:
                 state.usage[service] = days
-        for line, month, parties in self._accruals.written(batch.partition):
+        for line, month, parties in self._accruals.written(partition):
             state.written.setdefault(line, {})[month] = (None, frozenset(parties))
+            state.horizon = max(state.horizon, month)
         if not positions:
             # A new life of the log: what the last one left is rated anew, once.
             state.changed_orders = set(state.orders)

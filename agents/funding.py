@@ -29,6 +29,7 @@ from rating.records import ENGLAND, Allocation, ReferenceChange, read_reference_
 from sinks import metrics
 from sinks.accruals import Accruals
 from sinks.positions import place_text, version
+from streams.agent import Agent
 from streams.batch import Batch, Record
 from streams.topics import FUNDING_INPUTS, REFERENCE_CHANGES, partition_for
 
@@ -49,11 +50,10 @@ class _State:
     dirty: set[PartyYear] = field(default_factory=set)
 
 
-class Funding:
+class Funding(Agent):
     """The agent of role `funding`."""
 
     role: ClassVar[str] = "funding"
-    idle_seconds: ClassVar[float] = 0
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -77,9 +77,6 @@ class Funding:
         self._flush(state)
         self._states[batch.partition] = state
         metrics.RECORDS.labels(self.role, "accepted").inc(len(batch.records))
-
-    def idle(self) -> None:
-        """Nothing to do with time."""
 
     def _restore(self, batch: Batch) -> _State:
         state = _State(batch.first_offset, batch.partition)

@@ -27,6 +27,7 @@ from rating.amounts import LIMIT_MICROS
 from rating.records import Refused
 from sinks import metrics
 from sinks.dead_letters import DeadLetter
+from streams.agent import Agent
 from streams.batch import Batch, Record
 from streams.codec import Undecodable, from_interchange, to_interchange
 from streams.topics import BLOCK_MAX_BYTES, USAGE, USAGE_ACCEPTED, partition_for, usage_topics
@@ -40,11 +41,10 @@ BLOCK_ROWS = 5_000
 Reading = tuple[str, int, str, str, str, int, datetime, int]
 
 
-class Intake:
+class Intake(Agent):
     """The agent of role `intake`."""
 
     role: ClassVar[str] = "intake"
-    idle_seconds: ClassVar[float] = 0
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -73,9 +73,6 @@ class Intake:
         self._context.outbox.flush()
         metrics.RECORDS.labels(self.role, "accepted").inc(accepted)
         metrics.USAGE.labels("refused").inc(len(letters))
-
-    def idle(self) -> None:
-        """Nothing to do with time."""
 
     def _readings(
         self, batch: Batch, record: Record, speaker: str | None, letters: list[DeadLetter]

@@ -38,6 +38,7 @@ from sinks.accruals import Accruals, decimal
 from sinks.dead_letters import DeadLetter
 from sinks.documents import Cut, Documents
 from sinks.positions import Positions, place_text
+from streams.agent import Agent
 from streams.batch import Batch, NotYet, Record
 from streams.codec import Undecodable, to_interchange
 from streams.topics import (
@@ -62,11 +63,10 @@ class CloseRefused(Exception):
     """A period that can't be closed; the message says why and what to do."""
 
 
-class PeriodClose:
+class PeriodClose(Agent):
     """The agent of role `period-close`."""
 
     role: ClassVar[str] = "period-close"
-    idle_seconds: ClassVar[float] = 0
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -110,9 +110,6 @@ class PeriodClose:
         self._context.dead_letters.write(letters)
         self._context.outbox.flush()
         metrics.RECORDS.labels(self.role, "accepted").inc(len(batch.records) - len(letters))
-
-    def idle(self) -> None:
-        """Nothing to do with time."""
 
     # --- steps 1 and 2 ---
 

@@ -36,6 +36,7 @@ from agents.intake import encode_block
 from rating.amounts import micros_text
 from sinks import metrics
 from sinks.dead_letters import DeadLetter
+from streams.agent import Agent
 from streams.batch import Batch
 from streams.topics import CHARGE_INPUTS, USAGE_ACCEPTED, partition_for
 
@@ -76,11 +77,10 @@ class _Outcome:
     duplicates: int = 0
 
 
-class Usage:
+class Usage(Agent):
     """The agent of role `usage`."""
 
     role: ClassVar[str] = "usage"
-    idle_seconds: ClassVar[float] = 0
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -118,9 +118,6 @@ class Usage:
         metrics.USAGE.labels("duplicate").inc(outcome.duplicates)
         metrics.USAGE.labels("conflict").inc(len(outcome.letters))
         metrics.RECORDS.labels(self.role, "accepted").inc(rows.height)
-
-    def idle(self) -> None:
-        """Nothing to do with time."""
 
     # --- step 0: rows ---
 

@@ -125,7 +125,6 @@ class Codec:
             self._writers[number] = (name, fastavro.parse_schema(source))
         return self._writers[number]
 
-
     def _looked_up(self, number: int) -> tuple[str, dict[str, Any]]:
         from confluent_kafka.schema_registry.error import SchemaRegistryError
 

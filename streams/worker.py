@@ -17,8 +17,7 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import faust
 import prometheus_client
@@ -32,9 +31,11 @@ from yarl import URL
 
 from sinks import metrics
 from sinks.clickhouse import LedgerUnavailable
+from streams.agent import Agent
 from streams.batch import Batch, NotYet
 from streams.producer import DeliveryFailed
 from streams.settings import Settings
+from streams.topics import Broker
 from streams.transport import Transport
 
 log = structlog.get_logger(__name__)
@@ -56,26 +57,6 @@ RETRY_SECONDS = (0.1, 0.5, 1, 2, 5, 10)
 STUCK_SECONDS = 300
 
 
-class Agent(Protocol):
-    """One agent: it does a batch as a whole, and returns only when all of it is done."""
-
-    role: ClassVar[str]
-    #: Called when this many seconds have passed without a batch; 0: never.
-    idle_seconds: ClassVar[float]
-
-    def topics(self) -> Sequence[str]:
-        """What it reads."""
-        ...
-
-    def do(self, batch: Batch) -> None:
-        """Does a batch.  Raises one of SINK_ERRORS when it may work the next time."""
-        ...
-
-    def idle(self) -> None:
-        """What is to be done with time, not with a record."""
-        ...
-
-
 class _App(faust.App):  # type: ignore[misc]  # faust is untyped
     def _new_transport(self) -> Any:
         return Transport(self.conf.broker_consumer, self)
@@ -88,6 +69,7 @@ class Worker:
         self.agent = agent
         self.settings = settings
         self.in_hand_since: float | None = None
+        self._broker = Broker(settings)
         self.app = self._new_app()
 
     def run(self) -> int:
@@ -189,7 +171,8 @@ class Worker:
     async def _idle(self) -> None:
         if self.in_hand_since is None:
             try:
-                await asyncio.to_thread(self.agent.idle)
+                held = {(each.topic, each.partition): 0 for each in _assignment(self.app)}
+                await asyncio.to_thread(self.agent.idle, self._broker.committed(f"tribill-{self.agent.role}", held))
             except SINK_ERRORS as error:
                 log.warning("sink failed in idle work", agent=self.agent.role, error=str(error)[:300])
 

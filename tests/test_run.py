@@ -126,9 +126,7 @@ def command_of(pid: int) -> list[str]:
 def descendants(pid: int) -> set[int]:
     """The processes that a process has started, and those that they have."""
     try:
-        children = {
-            int(each) for path in Path(f"/proc/{pid}/task").glob("*/children") for each in path.read_text().split()
-        }
+        lists = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
     except OSError:
         return set()
     children = {int(each) for found in lists for each in found}
@@ -191,7 +189,7 @@ def mixed(book: Sequence[Record], seed: int) -> list[Record]:
         else:
             waiting = [others, *{id(chain): chain for chain in chains.values()}.values()]
             for each in waiting[1:]:
-                each += shuffle.sample(each, len(each) // 2 + shuffle.randrange(2) * (len(each) % 2))
+                each.extend(shuffle.sample(each, len(each) // 2 + shuffle.randrange(2) * (len(each) % 2)))
             turns = [chain for chain in waiting for _ in chain]
             shuffle.shuffle(turns)
             found += [chain.pop(0) for chain in turns]
@@ -325,7 +323,8 @@ def test_hostile_lines(start: Callable[..., Run]) -> None:
     run = start([*lines, used("u3", "2026-04-05", "7"), {"close": "2026-04"}])
     said = run.end()
     understood = [
-        *(each for each in lines if isinstance(each, dict)),
+        # The oracle knows no limit of a record's size.
+        *(each for each in lines if isinstance(each, dict) and len(encoded(each)) < 1_000_000),
         used("u3", "2026-04-05", "7"),
         {"close": "2026-04"},
     ]

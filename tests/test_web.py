@@ -24,7 +24,7 @@ from aiohttp import ClientTimeout
 from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client import REGISTRY
 
-from rating.calendar import day_seconds, first_day, last_day, month_start, month_text, parse_month
+from rating.calendar import LONDON, day_seconds, first_day, last_day, month_start, month_text, parse_month
 from rating.funding import Drawn, Group
 from sinks.accruals import AccrualRow, Accruals, group_json
 from sinks.clickhouse import ClickHouse
@@ -37,9 +37,10 @@ from tribill import installation
 from tribill.embedded.process import free_port
 from tribill.embedded.stack import EmbeddedStack
 from web import app as web_app
+from web import picture as picture_module
 from web.picture import Pictures, pounds
 from web.progress import STAGES, Progress, progress
-from web.queries import Queries
+from web.queries import Amount, Queries
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -47,7 +48,7 @@ APRIL = parse_month("2026-04")
 TINY = Decimal("1e-12")
 HOSTILE = "<img src=x onerror=alert(1)>\n\ndata: \u2028</script>"
 _databases = count(1)
-#: A millisecond clock reads 2026-11-22 in the tests that need a now.
+#: Now, where a test needs one that stays.
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 
 
@@ -137,19 +138,13 @@ def expected(line: AccrualRow, at: datetime) -> tuple[Fraction, Fraction]:
     accrued = rate = Fraction(0)
     for low, high, each in line.time:
         for day in range(low.toordinal(), high.toordinal()):
-            start = datetime.combine(date.fromordinal(day), datetime.min.time(), web_zone())
+            start = datetime.combine(date.fromordinal(day), datetime.min.time(), LONDON)
             passed = Fraction(milliseconds(at) - milliseconds(start.astimezone(UTC)), 1000)
-            accrued += each * min(max(passed / day_seconds(day), 0), 1)
+            accrued += each * min(max(passed / day_seconds(day), Fraction(0)), Fraction(1))
             if 0 <= passed < day_seconds(day):
                 rate += each / day_seconds(day)
-    today = at.astimezone(web_zone()).date()
+    today = at.astimezone(LONDON).date()
     return accrued + sum((each for day, each in line.days if day <= today), Fraction(0)), rate
-
-
-def web_zone() -> Any:
-    from rating.calendar import LONDON
-
-    return LONDON
 
 
 def near(found: Decimal, exact: Fraction) -> bool:
@@ -173,7 +168,7 @@ def test_a_line_accrues_evenly_over_each_london_day(settings: Settings, month: s
     generator = random.Random(month)
     instants = [start + timedelta(milliseconds=generator.randrange(31 * 86_400_000)) for _ in range(12)]
     for day in (1, 5, 25, 26, 29, 30):
-        midnight = datetime.fromisoformat(f"{month}-{day:02d}").replace(tzinfo=web_zone()).astimezone(UTC)
+        midnight = datetime.fromisoformat(f"{month}-{day:02d}").replace(tzinfo=LONDON).astimezone(UTC)
         instants += [midnight - timedelta(milliseconds=1), midnight, midnight + timedelta(hours=1, minutes=30)]
     instants += [start - timedelta(days=9), month_start(line.month + 1), month_start(line.month + 5)]
     for at in instants:
@@ -204,7 +199,7 @@ def test_the_newest_version_of_a_row_counts(settings: Settings) -> None:
     accruals.insert([new], 9, 0)
     accruals.insert([old], 8, 0)
     found = Queries(ClickHouse(settings)).by_supplier(APRIL, milliseconds(month_start(APRIL + 1)))
-    assert [(each.id, each.accrued_pence, each.month_pence) for each in found] == [("10030", 500, 500)]
+    assert [(each.id, int(each.accrued_pence), int(each.month_pence)) for each in found] == [("10030", 500, 500)]
 
 
 # ---- whose it is --------------------------------------------------------------------------------------------
@@ -219,7 +214,8 @@ def random_group(generator: random.Random) -> Group:
         )
 
     sign = generator.choice([1, 1, 1, -1])
-    whole = Fraction(generator.randrange(1, 10**9), generator.choice([1, 31, 7 * 10**6, 13**80]))
+    lower = generator.choice([1, 31, 7 * 10**6, 13**80])
+    whole = Fraction(generator.randrange(1, 10**9 * lower), lower)
     taken, remaining = [], whole
     for payer in ("NHSE", "SDF")[: generator.randrange(3)]:
         taken.append((payer, sign * min(amount(whole), remaining)))
@@ -377,8 +373,10 @@ def test_which_month_is_live(settings: Settings) -> None:
     assert shown(replace(settings, arrival_floor="2027-02-01T00:00:00+00:00")) == ("2027-01", "past")
 
 
-def test_time_alone_needs_no_new_query(settings: Settings) -> None:
+def test_time_alone_needs_no_new_query(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within a London day the amount goes on at its rate; a new row or a new day is asked for."""
+    monkeypatch.setattr(picture_module, "_REST", 0)
+    monkeypatch.setattr(picture_module, "_COSTLY_SECONDS", 60)
     month = parse_month("2026-11")
     line = row(month=month, time=(("2026-11-01", "2026-12-01", Fraction(86_400)),))
     accruals = Accruals(ClickHouse(settings))
@@ -386,7 +384,12 @@ def test_time_alone_needs_no_new_query(settings: Settings) -> None:
     queries = Queries(ClickHouse(settings))
     asked: list[int] = []
     plain = queries.by_supplier
-    queries.by_supplier = lambda month, at_ms: (asked.append(at_ms), plain(month, at_ms))[1]  # type: ignore
+
+    def by_supplier(month: int, at_ms: int) -> list[Amount]:
+        asked.append(at_ms)
+        return plain(month, at_ms)
+
+    monkeypatch.setattr(queries, "by_supplier", by_supplier)
     pictures = Pictures(queries, settings)
     national = [
         pictures.picture(None, NOW + timedelta(seconds=seconds), None)["national"] for seconds in (0, 1, 100, 43_199)
@@ -396,14 +399,45 @@ def test_time_alone_needs_no_new_query(settings: Settings) -> None:
     ]  # fmt: skip
     assert {each["per_second"] for each in national} == {"0.010000000000"}
     assert len(asked) == 1
-    time.sleep(0.3)  # what was computed rests for a moment
     assert pictures.picture(None, NOW + timedelta(days=1), None)["national"]["accrued"] == "19440.00000000"
     assert len(asked) == 2
     accruals.insert([row("C2", month=month, days=(("2026-11-02", Fraction(123)),))], 1, 0)
-    time.sleep(0.3)
     later = pictures.picture(None, NOW + timedelta(days=1), None)
     assert later["national"]["accrued"] == "19441.23000000"
     assert later["national"]["whole_month"] == "25921.23"
+
+
+def test_what_is_costly_rests_and_waits_its_turn(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part that took long is not computed again at once, nor two such parts for one picture."""
+    queries = Queries(ClickHouse(settings))
+    computed: list[str] = []
+
+    def slow(name: str) -> Callable[..., Any]:
+        plain = getattr(queries, name)
+
+        def ask(*arguments: Any) -> Any:
+            computed.append(name)
+            time.sleep(0.12)
+            return plain(*arguments)
+
+        return ask
+
+    for name in ("by_payer", "suspense"):
+        monkeypatch.setattr(queries, name, slow(name))
+    pictures = Pictures(queries, settings)
+    pictures.picture(APRIL, NOW, None)
+    assert computed == ["by_payer", "suspense"]  # there is nothing yet to show instead
+    usage(settings, {})
+    Accruals(ClickHouse(settings)).insert([row(days=(("2026-04-03", Fraction(100)),))], 1, 0)
+    assert pictures.picture(APRIL, NOW, None)["suspense"]["services"] == 0
+    assert computed == ["by_payer", "suspense"]
+    monkeypatch.setattr(picture_module, "_REST", 0)
+    for part in pictures._parts.values():
+        part.rests_until = 0
+    assert pictures.picture(APRIL, NOW, None)["national"]["accrued"] == "1.00000000"
+    assert computed[2:] == ["by_payer"]
+    assert pictures.picture(APRIL, NOW, None)["suspense"]["services"] == 1
+    assert computed[3:] == ["suspense"]
 
 
 def test_the_picture_has_no_floats_and_all_its_parts(settings: Settings) -> None:
@@ -513,7 +547,12 @@ def test_the_stream_goes_on_about_one_a_second(settings: Settings) -> None:
 def test_nobody_listens_nothing_is_asked(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[None] = []
     plain = Queries.tokens
-    monkeypatch.setattr(Queries, "tokens", lambda self: (asked.append(None), plain(self))[1])
+
+    def tokens(self: Queries) -> Any:
+        asked.append(None)
+        return plain(self)
+
+    monkeypatch.setattr(Queries, "tokens", tokens)
 
     async def use(client: TestClient[Any, Any]) -> None:
         assert (await client.get("/")).status == 200
@@ -577,7 +616,7 @@ def test_read_only_and_locked_down(settings: Settings, monkeypatch: pytest.Monke
                 assert (await getattr(client, method)(path)).status == 405
         assert (await client.get("/../pyproject.toml")).status == 404
         assert (await client.get("/", headers={"Host": "evil.example"})).status == 403
-        for month in ("2026-13", "x", "0001-01", "2026-04'--", "９９９９-01"):
+        for month in ("2026-13", "x", "0001-01", "2026-04'--", "\uff12026-4"):
             assert (await client.get("/events", params={"month": month})).status == 400
         streams = [await client.get("/events") for _ in range(2)]
         refused = await client.get("/events")
@@ -621,7 +660,7 @@ def test_the_stream_outlives_the_ledger(tmp_path: Path) -> None:
 
 def test_national_gauges(settings: Settings) -> None:
     """Computed when scraped, at most once in five seconds; a closed period's figures among them."""
-    now = datetime.now(web_zone())
+    now = datetime.now(LONDON)
     month = now.year * 12 + now.month - 1
     first, after = date.fromordinal(first_day(month)), date.fromordinal(last_day(month) + 1)
     accruals = Accruals(ClickHouse(settings))

@@ -109,11 +109,11 @@ class Book:
         national = {"financial_year": 2020, "per_patient": "1.61", "as_of": "2020-04-01"}
         yield _reference("allocation-2020", "ENGLAND", "Allocation", national)
         # So that the month shows one running dry: three parties have little left of their year.
-        patients: dict[str, int] = {}
+        heads: dict[str, int] = {}
         for site in self.sites:
-            patients[site.party] = patients.get(site.party, 0) + site.patients
-        for party in sorted(patients)[:3]:
-            amount = {"ordering_party": party, "financial_year": 2020, "amount": f"{patients[party] * 0.08:.2f}"}
+            heads[site.party] = heads.get(site.party, 0) + site.patients
+        for party in sorted(heads)[:3]:
+            amount = {"ordering_party": party, "financial_year": 2020, "amount": pounds_text(heads[party] * 8)}
             yield _reference("allocation-2020", party, "Allocation", amount)
 
     def published_list_sizes(self) -> Iterator[Any]:

@@ -9,7 +9,7 @@ from streams.settings import Settings
 
 if TYPE_CHECKING:
     from agents.context import Context
-    from streams.worker import Agent
+    from streams.agent import Agent
 
 
 def _intake(context: Context) -> Agent:

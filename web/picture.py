@@ -1,7 +1,7 @@
 """The picture of now that the page shows and Prometheus scrapes, from the ledger at little cost.
 
 Asked again, only what may have changed is computed anew: each part remembers the tokens of its tables
-and what it cost, and rests ten times as long as it took; and only one costly part is computed for one
+and what it cost, and rests twenty times as long as it took; and only one costly part is computed for one
 picture, the others wait for the next.  Money needs no new query while time alone passes: within a London
 day an amount and its rate say every instant.
 """
@@ -26,8 +26,8 @@ from web.queries import Allocation, Amount, Queries, Tokens
 Value = TypeVar("Value")
 
 TOP = 10
-#: A part rests so many times as long as it took: the page never costs more than a tenth of one thread.
-_REST = 10
+#: A part rests so many times as long as it took, so each costs at most a twentieth of the ledger's time.
+_REST = 20
 #: A picture that has cost so much already takes what else has changed from the one before.
 _COSTLY_SECONDS = 0.1
 #: The months whose parts are remembered; a page names its month, so there must be a bound.
