@@ -57,7 +57,7 @@ from tribill.embedded.stack import EmbeddedStack
 
 pytestmark = pytest.mark.timeout(280)
 
-EXAMPLES = int(os.environ.get("TRIBILL_CRASH_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("TRIBILL_CRASH_EXAMPLES", "12"))
 Record = dict[str, Any]
 NewWorld = Callable[..., World]
 

@@ -78,17 +78,18 @@ function part(value, whole) {
 }
 
 function shares(id, parts, daySeconds) {
+  const daily = (each) => (picture.state === "live" ? pounds(amount(each.per_second) * daySeconds) : "–");
   const largest = parts.top.length ? amount(parts.top[0].accrued) : 0n;
   const rows = parts.top.map((each) => [
     { text: each.id || "(nobody yet)", kind: "id", part: part(amount(each.accrued), largest) },
     pounds(amount(each.accrued)),
-    pounds(amount(each.per_second) * daySeconds),
+    daily(each),
   ]);
   if (parts.others) {
     rows.push([
       { text: `${count(parts.count - parts.top.length)} others`, kind: "others" },
       pounds(amount(parts.others.accrued)),
-      pounds(amount(parts.others.per_second) * daySeconds),
+      daily(parts.others),
     ]);
   }
   fill(id, rows);
@@ -156,7 +157,7 @@ function show() {
   fill("lag", (p.lag || []).map(([stage, behind]) => [stage, { text: count(behind), kind: behind ? "warn" : "" }]));
 
   say(byId("letters-count"), p.dead_letters.count ? count(p.dead_letters.count) : "");
-  fill("letters", p.dead_letters.last.map((each) => [{ text: time(each.at_ms), kind: "nowrap" }, each.agent, { text: each.source, kind: "nowrap" }, each.reason]));
+  fill("letters", p.dead_letters.last.map((each) => [{ text: time(each.at_ms), kind: "nowrap" }, { text: each.agent, kind: "nowrap" }, { text: each.source, kind: "nowrap" }, each.reason]));
   months(p);
   tick();
 }

@@ -14,30 +14,31 @@ from sinks.positions import Positions, at_cut, cut_parameters
 #: A statement that takes longer than this is given up: the page must never be what loads the ledger.
 _LIMIT = " SETTINGS max_execution_time = 20"
 
-#: What stands of usage, by item and practice.  Nearly every identity has one row, and finding those by a
-#: hash is three times as fast as judging all (measured: 0.2 of 0.6 s for 1,000,000 rows).  Only the
-#: others are judged as the usage agent does: the highest revision, of it the first by position.  Two
-#: identities with the same hash are both judged, so the hash decides nothing but the way.
-_STANDING = """
+#: The order of an identity's readings in which the first stands, as the usage agent has it: the highest
+#: revision, of it the first by generation, broker timestamp, topic, partition, offset and index.  Packed
+#: into one number it costs a third of the same as a tuple.  A supplier's readings come by `usage` or by
+#: its own topic; offsets have 48 bits in the versions of rows too.
+_PRECEDENCE = """
+    bitShiftLeft(toUInt256(toInt256(9223372036854775807) - revision), 169)
+    + bitShiftLeft(toUInt256(generation), 137)
+    + bitShiftLeft(toUInt256(broker_timestamp_ms), 89)
+    + bitShiftLeft(toUInt256(topic != 'usage'), 88)
+    + bitShiftLeft(toUInt256(partition), 72)
+    + bitShiftLeft(toUInt256(offset), 24)
+    + `index`
+"""
+#: What stands of usage, by item and practice.
+_STANDING = f"""
 SELECT item, practice, sum(toInt256(quantity)) AS units
 FROM (
-    SELECT any(item_id) AS item, any(ods_code) AS practice, any(quantity_micros) AS quantity
-    FROM usage GROUP BY sipHash64(ods_code, supplier_id, id) HAVING count() = 1
-    UNION ALL
-    SELECT content.1 AS item, ods_code AS practice, content.2 AS quantity
-    FROM (
-        SELECT ods_code,
-               argMin((item_id, quantity_micros),
-                      (-revision, generation, broker_timestamp_ms, topic, partition, offset, `index`)) AS content
-        FROM usage
-        WHERE sipHash64(ods_code, supplier_id, id) IN (
-            SELECT sipHash64(ods_code, supplier_id, id) AS identity FROM usage GROUP BY identity HAVING count() > 1
-        )
-        GROUP BY ods_code, supplier_id, id
-    )
+    SELECT any(ods_code) AS practice, argMin(item_id, {_PRECEDENCE}) AS item,
+           argMin(quantity_micros, {_PRECEDENCE}) AS quantity
+    FROM usage
+    -- A short key of fixed length is grouped by much faster than three texts.
+    GROUP BY sipHash128(ods_code, supplier_id, id)
 )
 GROUP BY item, practice
-"""
+"""  # noqa: S608
 
 
 @dataclass(frozen=True, slots=True)
