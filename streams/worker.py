@@ -153,7 +153,7 @@ class Worker:
                 except SINK_ERRORS as error:
                     wait = RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)]
                     attempt += 1
-                    metrics.SINK_RETRIES.labels(self.agent.role, type(error).__name__).inc()
+                    metrics.SINK_RETRIES.labels(self.agent.role, _sink(error)).inc()
                     log.warning("sink failed, trying again", error=str(error)[:300], attempt=attempt, wait=wait)
                     await asyncio.sleep(wait)
                 except Exception:
@@ -190,6 +190,13 @@ class Worker:
         async def show_ready(web: Any, request: Any) -> Any:
             ready = app.assignor is not None and bool(_assignment(app)) and not app.rebalancing
             return web.json({"ready": ready}, status=200 if ready else 503)
+
+
+def _sink(error: Exception) -> str:
+    """Which sink an error of SINK_ERRORS came from."""
+    if isinstance(error, RedisError):
+        return "redis"
+    return "kafka" if isinstance(error, (DeliveryFailed, KafkaException)) else "clickhouse"
 
 
 def _assignment(app: faust.App) -> set[TP]:

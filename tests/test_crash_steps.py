@@ -29,7 +29,6 @@ from hypothesis import strategies as st
 
 from rating.calendar import month_text, parse_month
 from streams.batch import Batch
-from streams.codec import FIXED_IDS
 from streams.topics import CHARGE_INPUTS, PERIOD_EVENTS, partition_for
 from tests.crash_world import AGENTS, World
 from tests.oracle import oracle
@@ -192,14 +191,15 @@ def survive(new_world: NewWorld, kill: Kill, letters: dict[str, Any]) -> None:
             break
     assert killed
     world.check_state()
-    closed = [record for record in world.log.records[PERIOD_EVENTS, 0] if record.value[1:5] == _PERIOD_CLOSED]
-    assert {record.key.decode() for record in closed} >= {period}, "PeriodClosed was never sent"
+    names = ("CloseRequested", "CutFixed", "PeriodClosed")
+    said = [world.codec.decode(each.value, names) for each in world.log.records[PERIOD_EVENTS, 0]]
+    closed = {each.value["period"] for each in said if each.name == "PeriodClosed"}
+    assert period in closed, "PeriodClosed was never sent"
     world.drop()
 
 
 EVERY_WAY = bool(os.environ.get("TRIBILL_CRASH_EVERY_WAY"))
 EXPECTED = oracle.run(BOOK, arrival=ARRIVAL)
-_PERIOD_CLOSED = FIXED_IDS["PeriodClosed"].to_bytes(4, "big")
 
 
 @pytest.mark.parametrize("role", list(AGENTS))
@@ -328,7 +328,8 @@ def test_the_horizon_moves(new_world: NewWorld, restart: bool) -> None:
         world.drain(AT_WORK)
     else:
         world.agents["charges"]._context.settings = world.settings
-    world.agents["charges"].idle()
+    committed = {place: end for (role, place), end in world.committed.items() if role == "charges"}
+    world.agents["charges"].idle(committed)
     world.drain(AT_WORK)
     world.check_state()
 
