@@ -189,7 +189,7 @@ class Charges(Agent):
             state.usage.setdefault(service, {})[day] = int(quantity)
             for line in book.by_service.get(service, ()):
                 state.dirty_months.setdefault((line.order.number, item_id), set()).add(month_of(day))
-        if metadata.get("last", "1") == "1":
+        if metadata["last"] == "1":
             state.positions[place] = end
 
     def _apply_contract(self, change: ContractChange, place: Any, state: _State) -> None:

@@ -159,7 +159,10 @@ class PeriodClose(Agent):
         return period
 
     def _fix(self, period: int) -> None:
-        ends = self._broker.end_offsets(input_topics(self._context.settings))
+        # What the ledger has of a topic that is read no more still counts.
+        ends = {
+            _place(text): end for text, end in self._context.ledger.positions_seen(self._generation).items()
+        } | self._broker.end_offsets(input_topics(self._context.settings))
         value = {
             "period": month_text(period),
             "generation": self._generation,

@@ -247,7 +247,8 @@ class Usage(Agent):
                 chunk = rows[start : start + 50_000]
                 named = [dict(zip(TOTALS_SCHEMA.names, row, strict=True)) for row in chunk]
                 table = pa.Table.from_pylist(named, schema=TOTALS_SCHEMA)
-                self._context.outbox.send(CHARGE_INPUTS, encode_block(table, metadata), partition=partition)
+                last = {"last": "1" if start + len(chunk) >= len(rows) else "0"}
+                self._context.outbox.send(CHARGE_INPUTS, encode_block(table, metadata | last), partition=partition)
 
 
 def _firsts(rows: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:

@@ -421,6 +421,8 @@ def _shown(value: object) -> str:
 def read_instant(fields: Fields, name: str) -> datetime:
     """An instant with its offset, RFC 3339."""
     value = fields.text(name)
+    if re.search(r"[.,]\d{6}\d*[1-9]", value):
+        raise Refused(fields.at(name), f"{_shown(value)} is finer than a microsecond")
     try:
         at = datetime.fromisoformat(value)
     except ValueError:

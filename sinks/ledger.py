@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from rating.book import Service
 from sinks.clickhouse import ClickHouse
-from sinks.positions import Positions, at_cut, cut_parameters, place_text
+from sinks.positions import Positions, at_cut, cut_parameters
 from streams.topics import CONTRACT_CHANGES, REFERENCE_CHANGES, USAGE_ACCEPTED
 
 #: The columns of a usage row, as blocks in usage-accepted and the table have them.
@@ -204,7 +204,7 @@ class Ledger:
         ]
 
     def positions_seen(self, generation: int) -> dict[str, int]:
-        """The end offset of every input partition that the ledger has rows of, in a life of the log."""
+        """One past the last offset of every input partition that the ledger has rows of, in a life of the log."""
         rows = self._clickhouse.query(
             """
             SELECT concat(topic, '/', toString(partition)), max(offset) + 1 FROM usage
@@ -218,14 +218,26 @@ class Ledger:
         )
         return {str(place): int(end) for place, end in rows}
 
+    def positions_complete(self, generation: int, partitions: int) -> dict[str, int]:
+        """Up to where the ledger certainly has all of every input partition, in a life of the log.
+
+        A partition of usage fans out to all partitions of usage-accepted, each of which goes on by
+        itself, so certain is what lies before the last row from it in the one furthest behind.
+        """
+        rows = self._clickhouse.query(
+            """
+            SELECT place, if(count() = {partitions:UInt32}, min(end), 0) FROM (
+                SELECT concat(topic, '/', toString(partition)) AS place, max(offset) AS end FROM usage
+                WHERE generation = {generation:UInt32} GROUP BY place, accepted_partition)
+            GROUP BY place
+            """,
+            {"generation": generation, "partitions": partitions},
+        )
+        return self.positions_seen(generation) | {str(place): int(end) for place, end in rows}
+
 
 def _by_service(rows: Iterable[tuple[str, str, int, int]]) -> dict[Service, dict[int, int]]:
     usage: dict[Service, dict[int, int]] = {}
     for ods_code, item_id, day, quantity in rows:
         usage.setdefault((item_id, ods_code), {})[day] = quantity
     return usage
-
-
-def everything(partitions: Iterable[tuple[str, int]], ends: dict[tuple[str, int], int]) -> dict[str, int]:
-    """End offsets by partition, as positions."""
-    return {place_text(*place): ends.get(place, 0) for place in partitions}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import struct
 from collections.abc import Mapping
 from datetime import UTC, date, datetime
@@ -225,6 +226,8 @@ def _scalar_to_avro(kind: str, logical: str | None, value: object, path: str) ->
         except ValueError:
             raise Refused(path, f"is {_shown(value)}, not a date like 2026-04-01") from None
     if logical == "timestamp-micros":
+        if isinstance(value, str) and re.search(r"[.,]\d{6}\d*[1-9]", value):
+            raise Refused(path, f"{_shown(value)} is finer than a microsecond")
         try:
             at = datetime.fromisoformat(value if isinstance(value, str) else "")
         except ValueError:

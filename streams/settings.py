@@ -88,7 +88,7 @@ class Settings:
                 raise SettingsError(f"{named}: {error}") from None
             for name in values:
                 if name not in kinds:
-                    raise SettingsError(f"{named}: there is no setting {name!r}; see tribill --help-settings")
+                    raise SettingsError(f"{named}: there is no setting {name!r}; see docs/operations.md")
         for name in kinds:
             if (text := environment.get(f"TRIBILL_{name.upper()}")) is not None:
                 values[name] = text

@@ -16,7 +16,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import faust
@@ -102,6 +104,7 @@ class Worker:
             f"tribill-{self.agent.role}",
             broker=[URL(f"aiokafka://{each.strip()}") for each in settings.kafka.split(",")],
             store="memory://",
+            datadir=str(Path(tempfile.gettempdir()) / "tribill-faust"),
             key_serializer="raw",
             value_serializer="raw",
             topic_disable_leader=True,

@@ -531,8 +531,10 @@ async def next_event(response: Any) -> tuple[str, Any]:
             return name, json.loads(line[6:])
 
 
-def test_the_stream_goes_on_about_one_a_second(settings: Settings) -> None:
+def test_the_stream_goes_on_about_one_a_second(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes into the ledger is in the next event; several listeners share one refresh."""
+    monkeypatch.setattr(picture_module, "_REST", 0)
+    monkeypatch.setattr(picture_module, "_COSTLY_SECONDS", 60)
     accruals = Accruals(ClickHouse(settings))
     accruals.insert([row(days=(("2026-04-03", Fraction(100)),))], 1, 0)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,10 @@ class Publisher:
             supplier = line.topic.removeprefix(f"{USAGE}.")
             self._refuse(line, f"topic: nobody reads {line.topic}; add {supplier} to TRIBILL_SUPPLIER_TOPICS")
             return
+        for part in _judged_alone(line):
+            self._send(part, timestamp_ms)
+
+    def _send(self, line: Line, timestamp_ms: int) -> None:
         key, value = self._encode(line)
         if len(value) > BLOCK_MAX_BYTES:
             self._refuse(line, f"is {len(value)} bytes long; a record has at most {BLOCK_MAX_BYTES}")
@@ -161,6 +165,25 @@ class Publisher:
             return key, self._codec.encode(name, from_interchange(name, value))
         except Refused:
             return key, json.dumps(line.value).encode()
+
+
+def _judged_alone(line: Line) -> Iterator[Line]:
+    """A line, or what a UsageBatch holds: the readings that can be encoded, and each of the others alone."""
+    batch = line.value.get("UsageBatch") if isinstance(line.value, dict) else None
+    if not isinstance(batch, dict) or not isinstance(batch.get("usages"), list):
+        yield line
+        return
+    good: list[Any] = []
+    for reading in batch["usages"]:
+        try:
+            from_interchange("UsageBatch", {**batch, "usages": [reading]})
+            good.append(reading)
+        except Refused:
+            alone = {name: each for name, each in batch.items() if name != "usages"}
+            alone |= reading if isinstance(reading, dict) else {"id": reading}
+            yield replace(line, value=alone)
+    if good or not batch["usages"]:
+        yield replace(line, value={"UsageBatch": {**batch, "usages": good}})
 
 
 def _record(line: Line) -> tuple[str, Any, str | None]:

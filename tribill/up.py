@@ -119,6 +119,9 @@ def watch(held: Installation, say: Callable[[str], None]) -> None:
     for role, code in held.dead().items():
         say(f"the worker {role} has ended (exit code {code}); starting it again")
         held.start_worker(role)
+    if held.web is not None and held.web.exit_code is not None:
+        say(f"the page has ended (exit code {held.web.exit_code}); starting it again")
+        held.start_web()
     for part in held.stack.parts:
         if part.pid is None and part.name in held.stack.embedded:
             if part.name == "kafka":
@@ -162,13 +165,11 @@ def _lost_tail(held: Installation, generation: int) -> str:
     seen: dict[str, int] = {}
     clickhouse = ClickHouse(settings)
     if clickhouse.exists():
-        seen = Ledger(clickhouse).positions_seen(generation)
-    places = "".join(
-        f"\n  {place}: kept up to offset {end}, send again from there" for place, end in sorted(seen.items())
-    )
+        seen = Ledger(clickhouse).positions_complete(generation, held.settings.partitions)
+    places = "".join(f"\n  {place}: send again from offset {end}" for place, end in sorted(seen.items()))
     return (
         f"the last run on {held.directory} was killed, and its log (generation {generation}) was in memory: what "
-        f"was published after these positions is lost and must be sent again (what is sent twice does no harm):"
+        f"was published after these positions may be lost and must be sent again (what is sent twice does no harm):"
         f"{places or chr(10) + '  nothing of it had reached the ledger'}\n"
         "start with --accept-lost-tail to go on with what the ledger has"
     )

@@ -1,7 +1,7 @@
 -- What was said, one row a record for ever.  Only the same record inserted again collapses:
 -- no version column, and the position is part of the key.
 
-CREATE TABLE usage
+CREATE TABLE IF NOT EXISTS usage
 (
     ods_code String,
     supplier_id LowCardinality(String),
@@ -23,7 +23,7 @@ CREATE TABLE usage
 ENGINE = ReplacingMergeTree
 ORDER BY (ods_code, supplier_id, id, revision, generation, topic, partition, offset, `index`, accepted_offset);
 
-CREATE TABLE contract_changes
+CREATE TABLE IF NOT EXISTS contract_changes
 (
     order_number String,
     generation UInt32,
@@ -39,7 +39,7 @@ CREATE TABLE contract_changes
 ENGINE = ReplacingMergeTree
 ORDER BY (order_number, generation, partition, offset);
 
-CREATE TABLE reference_changes
+CREATE TABLE IF NOT EXISTS reference_changes
 (
     code String,
     generation UInt32,
@@ -55,7 +55,7 @@ CREATE TABLE reference_changes
 ENGINE = ReplacingMergeTree
 ORDER BY (code, generation, partition, offset);
 
-CREATE TABLE attestations
+CREATE TABLE IF NOT EXISTS attestations
 (
     supplier_id String,
     period String,
@@ -67,7 +67,7 @@ CREATE TABLE attestations
 ENGINE = ReplacingMergeTree
 ORDER BY (period, supplier_id, generation, offset);
 
-CREATE TABLE dead_letters
+CREATE TABLE IF NOT EXISTS dead_letters
 (
     agent LowCardinality(String),
     generation UInt32,

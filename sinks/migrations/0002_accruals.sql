@@ -1,7 +1,7 @@
 -- What has accrued: a row a charge line and month, the newest position wins.
 -- Money is exact pence: `exact_pence` as a fraction in text, the rest to 18 places for display.
 
-CREATE TABLE accruals
+CREATE TABLE IF NOT EXISTS accruals
 (
     order_number String,
     item_id LowCardinality(String),
@@ -27,7 +27,7 @@ CREATE TABLE accruals
 ENGINE = ReplacingMergeTree(version)
 ORDER BY (order_number, item_id, ods_code, month);
 
-CREATE TABLE accrual_positions
+CREATE TABLE IF NOT EXISTS accrual_positions
 (
     charge_partition Int32,
     generation UInt32,
@@ -37,7 +37,7 @@ CREATE TABLE accrual_positions
 ENGINE = ReplacingMergeTree
 ORDER BY (charge_partition, generation, offset);
 
-CREATE TABLE allocations_drawn
+CREATE TABLE IF NOT EXISTS allocations_drawn
 (
     ordering_party String,
     month Int32,

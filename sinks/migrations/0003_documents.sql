@@ -1,6 +1,6 @@
 -- What was closed: cuts, periods, rows and documents.  Nothing here is ever changed.
 
-CREATE TABLE cuts
+CREATE TABLE IF NOT EXISTS cuts
 (
     period String,
     generation UInt32,
@@ -10,7 +10,7 @@ CREATE TABLE cuts
 ENGINE = ReplacingMergeTree
 ORDER BY (period, generation, offset);
 
-CREATE TABLE close_requests
+CREATE TABLE IF NOT EXISTS close_requests
 (
     period String,
     generation UInt32,
@@ -22,7 +22,7 @@ CREATE TABLE close_requests
 ENGINE = ReplacingMergeTree(at)
 ORDER BY (period, generation, offset);
 
-CREATE TABLE document_rows
+CREATE TABLE IF NOT EXISTS document_rows
 (
     period String,
     kind LowCardinality(String) COMMENT 'invoiced or held',
@@ -37,7 +37,7 @@ CREATE TABLE document_rows
 ENGINE = ReplacingMergeTree
 ORDER BY (period, kind, order_number, item_id, ods_code, supplier_id, payer, month);
 
-CREATE TABLE documents
+CREATE TABLE IF NOT EXISTS documents
 (
     number String,
     period String,
@@ -51,7 +51,7 @@ CREATE TABLE documents
 ENGINE = ReplacingMergeTree
 ORDER BY (period, number);
 
-CREATE TABLE periods
+CREATE TABLE IF NOT EXISTS periods
 (
     period String,
     month Int32,
