@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from agents.context import Context
-from agents.intake import read_json
 from rating.records import Refused
 from sinks import metrics
 from sinks.dead_letters import DeadLetter
@@ -27,7 +26,7 @@ from sinks.ledger import SaidChange
 from sinks.positions import place_text
 from streams.agent import Agent
 from streams.batch import Batch, Record
-from streams.codec import Undecodable, from_interchange, to_interchange
+from streams.codec import Undecodable, from_interchange, read_json, to_interchange
 from streams.topics import partition_for
 
 

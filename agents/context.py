@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from sinks.claims import Claims
+from typing import TYPE_CHECKING
+
 from sinks.clickhouse import ClickHouse
 from sinks.dead_letters import DeadLetters
 from sinks.ledger import Ledger
 from streams.codec import Codec
 from streams.producer import Outbox
 from streams.settings import Settings
+
+if TYPE_CHECKING:
+    from sinks.claims import Claims
 
 
 class Context:
@@ -25,5 +29,7 @@ class Context:
 
     def claims(self) -> Claims:
         """The claim store; only the usage agent needs Redis."""
+        from sinks.claims import Claims
+
         self.settings.require("redis")
         return Claims(self.settings, lambda: not self.ledger.has_usage())

@@ -29,7 +29,7 @@ from sinks import metrics
 from sinks.dead_letters import DeadLetter
 from streams.agent import Agent
 from streams.batch import Batch, Record
-from streams.codec import Undecodable, from_interchange, to_interchange
+from streams.codec import Undecodable, from_interchange, read_json, to_interchange
 from streams.topics import BLOCK_MAX_BYTES, USAGE, USAGE_ACCEPTED, partition_for, usage_topics
 
 EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
@@ -184,17 +184,6 @@ def _why(data: bytes | None, reason: str) -> tuple[str, str]:
     except Refused as error:
         return error.reason, error.field
     return "is JSON; records are Avro in the Confluent wire format (`tribill publish` encodes them)", ""
-
-
-def read_json(data: bytes | None) -> dict[str, Any] | None:
-    """The JSON object in these bytes, if they are one: what could not be encoded is sent as it was."""
-    if not data or data[:1] != b"{":
-        return None
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def encode_block(rows: pa.Table, metadata: dict[str, str] | None = None) -> bytes:

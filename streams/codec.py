@@ -157,6 +157,17 @@ def to_interchange(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
     return converted
 
 
+def read_json(data: bytes | None) -> dict[str, Any] | None:
+    """The JSON object in these bytes, if they are one: what could not be encoded is sent as it was."""
+    if not data or data[:1] != b"{":
+        return None
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 @cache
 def _named_types(name: str) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}

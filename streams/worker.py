@@ -27,7 +27,6 @@ import structlog
 from clickhouse_connect.driver.exceptions import OperationalError
 from confluent_kafka import KafkaException
 from faust.types import TP
-from redis.exceptions import RedisError
 from urllib3.exceptions import HTTPError
 from yarl import URL
 
@@ -46,7 +45,6 @@ log = structlog.get_logger(__name__)
 SINK_ERRORS = (
     LedgerUnavailable,
     OperationalError,
-    RedisError,
     DeliveryFailed,
     KafkaException,
     HTTPError,
@@ -197,8 +195,6 @@ class Worker:
 
 def _sink(error: Exception) -> str:
     """Which sink an error of SINK_ERRORS came from."""
-    if isinstance(error, RedisError):
-        return "redis"
     return "kafka" if isinstance(error, (DeliveryFailed, KafkaException)) else "clickhouse"
 
 
