@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from aiokafka.partitioner import murmur2
 from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaError, KafkaException, TopicPartition
@@ -42,6 +42,18 @@ def usage_topics(settings: Settings) -> list[str]:
 def input_topics(settings: Settings) -> list[str]:
     """The topics that others write, whose end offsets make a cut."""
     return [*usage_topics(settings), CONTRACT_CHANGES, REFERENCE_CHANGES]
+
+
+#: The order in which a record passes the stages, each with what it reads.
+STAGES: tuple[tuple[str, Callable[[Settings], list[str]]], ...] = (
+    ("intake", usage_topics),
+    ("contracts", lambda settings: [CONTRACT_CHANGES]),
+    ("reference", lambda settings: [REFERENCE_CHANGES]),
+    ("usage", lambda settings: [USAGE_ACCEPTED]),
+    ("charges", lambda settings: [CHARGE_INPUTS]),
+    ("funding", lambda settings: [FUNDING_INPUTS]),
+    ("period-close", lambda settings: [PERIOD_EVENTS]),
+)
 
 
 def configurations(settings: Settings) -> dict[str, tuple[int, dict[str, str]]]:

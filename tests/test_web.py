@@ -32,14 +32,13 @@ from sinks.dead_letters import _COLUMNS
 from sinks.documents import Documents
 from sinks.ledger import USAGE_SCHEMA, Ledger
 from streams.settings import Settings
-from streams.topics import Broker
-from tribill import installation
+from streams.topics import STAGES, Broker
 from tribill.embedded.process import free_port
 from tribill.embedded.stack import EmbeddedStack
 from web import app as web_app
 from web import picture as picture_module
 from web.picture import Pictures, pounds
-from web.progress import STAGES, Progress, progress
+from web.progress import Progress, progress
 from web.queries import Amount, Queries
 
 pytestmark = pytest.mark.timeout(120)
@@ -710,13 +709,6 @@ def test_national_gauges(settings: Settings) -> None:
 
 
 # ---- the process and the broker -----------------------------------------------------------------------------
-
-
-def test_stages_are_those_of_the_installation() -> None:
-    settings = Settings(supplier_topics="10030,10000")
-    assert [(role, topics(settings)) for role, topics in STAGES] == [
-        (role, topics(settings)) for role, topics in installation.STAGES
-    ]
 
 
 def test_progress_of_the_stages(tmp_path: Path) -> None:

@@ -195,7 +195,11 @@ def web(context: click.Context) -> None:
 
     settings = load_settings(context)
     _require(settings, "kafka", "clickhouse")
-    serve(settings)
+    say(f"the page is at http://{settings.bind}:{settings.web_port}/")
+    try:
+        serve(settings)
+    except OSError as error:
+        raise _Failure(f"{settings.bind}:{settings.web_port}: {error}") from None
 
 
 @cli.command()

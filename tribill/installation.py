@@ -13,21 +13,11 @@ from typing import Self
 
 from sinks.clickhouse import ClickHouse
 from streams.settings import Settings
-from streams.topics import CHARGE_INPUTS, FUNDING_INPUTS, PERIOD_EVENTS, USAGE_ACCEPTED, Broker, input_topics
+from streams.topics import STAGES, Broker
 from tribill.embedded.process import Process, free_port
 from tribill.embedded.stack import EmbeddedStack
 from tribill.roles import ROLES
 
-#: The order in which a record passes the stages, each with what it reads.
-STAGES: tuple[tuple[str, Callable[[Settings], list[str]]], ...] = (
-    ("intake", lambda settings: [each for each in input_topics(settings) if each.startswith("usage")]),
-    ("contracts", lambda settings: ["contract-changes"]),
-    ("reference", lambda settings: ["reference-changes"]),
-    ("usage", lambda settings: [USAGE_ACCEPTED]),
-    ("charges", lambda settings: [CHARGE_INPUTS]),
-    ("funding", lambda settings: [FUNDING_INPUTS]),
-    ("period-close", lambda settings: [PERIOD_EVENTS]),
-)
 _STOP_SECONDS = 15.0
 
 

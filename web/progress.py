@@ -2,32 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from sinks.positions import place_text
 from streams.settings import Settings
-from streams.topics import (
-    CHARGE_INPUTS,
-    CONTRACT_CHANGES,
-    FUNDING_INPUTS,
-    PERIOD_EVENTS,
-    REFERENCE_CHANGES,
-    USAGE_ACCEPTED,
-    Broker,
-    usage_topics,
-)
-
-#: The order in which a record passes the stages, each with what it reads.
-STAGES: tuple[tuple[str, Callable[[Settings], list[str]]], ...] = (
-    ("intake", usage_topics),
-    ("contracts", lambda settings: [CONTRACT_CHANGES]),
-    ("reference", lambda settings: [REFERENCE_CHANGES]),
-    ("usage", lambda settings: [USAGE_ACCEPTED]),
-    ("charges", lambda settings: [CHARGE_INPUTS]),
-    ("funding", lambda settings: [FUNDING_INPUTS]),
-    ("period-close", lambda settings: [PERIOD_EVENTS]),
-)
+from streams.topics import STAGES, Broker
 
 
 @dataclass(frozen=True, slots=True)
