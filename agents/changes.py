@@ -191,10 +191,12 @@ class ChangesAgent(Agent, Generic[Log]):
         """Sends accepted changes to a partition in records of a bounded size."""
         chunk: list[dict[str, Any]] = []
         size = 0
-        for change in changes:
+        for change in sorted(changes, key=lambda each: (each.generation, each.offset)):
             body = json.dumps(change.body, separators=(",", ":"))
             if chunk and size + len(body) > 2_000_000:
-                self._send_chunk(topic, partition, kind, batch, chunk, batch.first_offset)
+                last = chunk[-1]
+                end = last["offset"] + 1 if last["generation"] == self._generation else batch.first_offset
+                self._send_chunk(topic, partition, kind, batch, chunk, end)
                 chunk, size = [], 0
             chunk.append(
                 {

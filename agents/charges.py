@@ -35,6 +35,7 @@ from rating.funding import groups
 from rating.records import (
     ContractChange,
     ListSize,
+    OrderPlaced,
     PracticeClosed,
     PracticeMerged,
     ReferenceChange,
@@ -137,9 +138,11 @@ class Charges(Agent):
                 place = (change.generation, change.partition, change.offset)
                 state.contracts.setdefault(change.key, {})[place] = read_contract_change(change.body)
         for number, changes in list(state.contracts.items()):
-            order = Order.fold(number, [changes[place] for place in sorted(changes)])
-            if any(partition_for(item_id, self._partitions) == partition for item_id in order.by_item):
-                state.orders[number] = order
+            # Every line ever placed counts, as it does in what `contracts` sends here: a placing that
+            # is retracted may come back.
+            items = {item_id for item_id, _ in _placed(changes.values())}
+            if any(partition_for(item_id, self._partitions) == partition for item_id in items):
+                state.orders[number] = Order.fold(number, [changes[place] for place in sorted(changes)])
             else:
                 # When it reaches this partition, all that was said of it comes with it.
                 del state.contracts[number]
@@ -261,9 +264,9 @@ class Charges(Agent):
     def _spread(self, state: _State, book: Book, horizon: int) -> None:
         """Turns changed orders and "from a month on" into months to rate."""
         for number in state.changed_orders:
-            for service in book.orders[number].lines if number in book.orders else ():
-                # Another order's line may take the usage now.
-                for line in book.by_service[service]:
+            # Another order's line may take the usage now, also that of a line that is gone.
+            for service in _placed(state.contracts.get(number, {}).values()):
+                for line in book.by_service.get(service, ()):
                     state.dirty_since[line.order.number, line.item_id] = _ALWAYS
         if state.horizon and horizon > state.horizon:
             for order in book.orders.values():
@@ -370,6 +373,16 @@ class Charges(Agent):
                     partition=target,
                 )
         self._context.outbox.flush()
+
+
+def _placed(changes: Iterable[ContractChange]) -> set[Service]:
+    """Every line that was ever placed, also one that is retracted."""
+    return {
+        (line.item_id, line.ods_code)
+        for change in changes
+        if isinstance(change.body, OrderPlaced)
+        for line in change.body.lines
+    }
 
 
 def _row(line: Line, month: int, charge: MonthCharge, book: Book) -> AccrualRow:

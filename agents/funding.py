@@ -118,10 +118,8 @@ class Funding(Agent):
         if line in lines and lines[line][0] > said_at:
             return  # from a worker that had lost its partition; its successor has said more
         exact = Fraction(each["exact_pence"])
-        if exact:
-            lines[line] = (said_at, exact)
-        else:
-            lines.pop(line, None)
+        # A zero is kept with its version too: an older word may still come.
+        lines[line] = (said_at, exact)
         state.dirty.add((key[0], financial_year(key[1])))
 
     def _mark(self, change: ReferenceChange, state: _State) -> None:

@@ -177,6 +177,9 @@ class PeriodClose(Agent):
     def _cut(self, value: dict[str, Any], record: Record) -> None:
         period = self._check(value["period"])
         if period is None:
+            # Perhaps the process died after the period was written: whoever waits is told (again).
+            self._say_closed(value["period"])
+            self._answer(value["period"], record, "closed", "these are its documents")
             return
         cut = self._documents.cut(period)
         if cut is None:
@@ -187,6 +190,21 @@ class PeriodClose(Agent):
 
     def _answer(self, period: str, record: Record, outcome: str, detail: str) -> None:
         self._documents.answer(period, self._generation, record.offset, outcome, detail)
+
+    def _say_closed(self, text: str) -> None:
+        [(documents, rows, net, held)] = self._context.clickhouse.query(
+            "SELECT documents, rows, net_pence, held_pence FROM periods FINAL WHERE period = {period:String}",
+            {"period": text},
+        )
+        totals = {
+            "documents": documents,
+            "rows": rows,
+            "net": Decimal(net).scaleb(-2),
+            "held": Decimal(held).scaleb(-2),
+        }
+        value = {"period": text, "totals": totals}
+        self._context.outbox.send(PERIOD_EVENTS, self._context.codec.encode("PeriodClosed", value), key=text)
+        self._context.outbox.flush()
 
     # --- step 3 ---
 

@@ -213,6 +213,9 @@ class Usage(Agent):
             # A copy that came later but lies earlier in the log takes the place of one kept before.
             if _content(row) != _content(after[revision]):
                 outcome.letters.append(_conflict(row, after[revision]))
+        for row in rows:
+            # A batch that ended between these copies may have published what one of them came to alone.
+            outcome.change.setdefault((row["ods_code"], row["item_id"], _ordinal(row["day"])), 0)
         for revisions, sign in ((before, -1), (after, 1)):
             if revisions:
                 row = revisions[max(revisions)]
