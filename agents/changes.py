@@ -14,6 +14,7 @@ The order of steps for a batch:
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -159,6 +160,13 @@ class ChangesAgent(Agent, Generic[Log]):
             shown = (record.key or b"").decode(errors="replace")
             refuse(f"is {key!r}, but the record's key is {shown!r}", self.key_field)
             return
+        if (belongs := partition_for(key, self._partitions)) != batch.partition:
+            refuse(
+                f"is {key!r}, which belongs in partition {belongs} by murmur2, not {batch.partition}: "
+                "set the producer's partitioner to murmur2_random, so that an order's changes have one order",
+                self.key_field,
+            )
+            return
         log = self._log(logs, key)
         accepted, reason = False, ""
         try:
@@ -192,7 +200,8 @@ class ChangesAgent(Agent, Generic[Log]):
         chunk: list[dict[str, Any]] = []
         size = 0
         for change in sorted(changes, key=lambda each: (each.generation, each.offset)):
-            body = json.dumps(change.body, separators=(",", ":"))
+            # A large order is megabytes of JSON and kilobytes of it compressed.
+            body = zlib.compress(json.dumps(change.body, separators=(",", ":")).encode(), 1)
             if chunk and size + len(body) > 2_000_000:
                 last = chunk[-1]
                 end = last["offset"] + 1 if last["generation"] == self._generation else batch.first_offset

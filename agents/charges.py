@@ -18,6 +18,7 @@ The order of steps for a batch:
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
@@ -170,7 +171,7 @@ class Charges(Agent):
         place = place_text(source["topic"], source["partition"])
         counted = state.positions.get(place, 0)
         for each in value["changes"]:
-            body = json.loads(each["body"])
+            body = json.loads(zlib.decompress(each["body"]))
             if value["kind"] == "contract":
                 self._apply_contract(read_contract_change(body), each, state)
             elif each["offset"] >= counted:

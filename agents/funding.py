@@ -16,6 +16,7 @@ The order of steps for a batch:
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -106,7 +107,7 @@ class Funding(Agent):
         counted = state.positions.get(place, 0)
         for each in decoded.value["changes"]:
             if each["offset"] >= counted:
-                change = read_reference_change(json.loads(each["body"]))
+                change = read_reference_change(json.loads(zlib.decompress(each["body"])))
                 state.reference.say(change)
                 self._mark(change, state)
         state.positions[place] = max(counted, source["end_offset"])

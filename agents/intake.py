@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Any, ClassVar
 
 import polars as pl
@@ -28,7 +29,7 @@ from rating.records import Refused
 from sinks import metrics
 from sinks.dead_letters import DeadLetter
 from streams.agent import Agent
-from streams.batch import Batch, Record
+from streams.batch import Batch, Record, instant
 from streams.codec import Undecodable, from_interchange, read_json, to_interchange
 from streams.topics import BLOCK_MAX_BYTES, USAGE, USAGE_ACCEPTED, partition_for, usage_topics
 
@@ -36,6 +37,9 @@ EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
 AHEAD = timedelta(days=1)
 #: Rows of a block; with ids of a kilobyte each it still is one Kafka record.
 BLOCK_ROWS = 5_000
+#: Far above any real one; what is longer would multiply with every reading of a batch.
+CODE_MAX_CHARACTERS = 256
+ID_MAX_CHARACTERS = 4_096
 
 #: A reading let through: id, revision, supplier, practice, item, quantity_micros, occurred_at, index.
 Reading = tuple[str, int, str, str, str, int, datetime, int]
@@ -81,7 +85,7 @@ class Intake(Agent):
             place = (batch.topic, batch.partition, record.offset)
             letters.append(DeadLetter(*place, reason, field, index, record.key, value, record.timestamp))
 
-        arrival = datetime.fromtimestamp(record.timestamp / 1000, UTC)
+        arrival = instant(record.timestamp)
         if self._floor is not None:
             arrival = max(arrival, self._floor)
         limit = self._context.settings.record_max_bytes
@@ -98,7 +102,7 @@ class Intake(Agent):
         supplier, practice = value["supplier_id"], value["ods_code"]
         for index, reading in enumerate(readings):
             try:
-                quantity = _check(reading, supplier, speaker, arrival)
+                quantity = check(reading, supplier, practice, speaker, arrival)
             except Refused as error:
                 whole = record.value if decoded.name == "Usage" else _alone(reading, supplier, practice)
                 refuse(error.reason, error.field, index, whole)
@@ -140,8 +144,15 @@ class Intake(Agent):
         self._context.outbox.send(USAGE_ACCEPTED, block, partition=partition)
 
 
-def _check(reading: Any, supplier: str, speaker: str | None, arrival: datetime) -> int:
+def check(reading: Any, supplier: str, practice: str, speaker: str | None, arrival: datetime) -> int:
     """A reading's quantity in micros.  Raises Refused with what RULES section 1 has against it."""
+    for name, value in (("supplier_id", supplier), ("ods_code", practice), ("item_id", reading["item_id"])):
+        if not 0 < len(value) <= CODE_MAX_CHARACTERS:
+            raise Refused(name, f"has {len(value)} characters; a code has 1 to {CODE_MAX_CHARACTERS}")
+    if len(reading["id"]) > ID_MAX_CHARACTERS:
+        raise Refused("id", f"has {len(reading['id'])} characters; an id has at most {ID_MAX_CHARACTERS}")
+    if not isinstance(reading["quantity"], Decimal) or not isinstance(reading["occurred_at"], datetime):
+        raise Refused("", "its writer's schema has no decimal quantity or no instant: use the schemas of tribill")
     if speaker is not None and supplier != speaker:
         raise Refused("supplier_id", f"is {supplier!r}, but this is the topic of supplier {speaker!r}")
     if not reading["item_id"].startswith(supplier):
@@ -149,6 +160,8 @@ def _check(reading: Any, supplier: str, speaker: str | None, arrival: datetime) 
     quantity = int(reading["quantity"].scaleb(6)) if reading["quantity"].adjusted() <= 18 else LIMIT_MICROS
     if quantity < 0:
         raise Refused("quantity", f"is {reading['quantity']}, which is negative")
+    if reading["quantity"].adjusted() <= 18 and reading["quantity"].scaleb(6) != quantity:
+        raise Refused("quantity", f"is {reading['quantity']}, which has more than six decimal places")
     if quantity >= LIMIT_MICROS:
         raise Refused("quantity", "does not fit decimal(18,6): more than eighteen digits")
     occurred_at = reading["occurred_at"]

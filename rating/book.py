@@ -201,7 +201,8 @@ class CodeFacts:
     merged: int = FOREVER
     memberships: dict[str, Timeline[str | None]] = field(default_factory=dict)
     acceptances: dict[str, Intervals] = field(default_factory=dict)
-    allocations: dict[int, said.Allocation] = field(default_factory=dict)
+    #: By financial year and form: for one party, or (None) for all.
+    allocations: dict[tuple[int, str | None], said.Allocation] = field(default_factory=dict)
 
     def apply(self, body: said.ReferenceBody) -> None:
         """Says one accepted change that is not a retraction."""
@@ -218,7 +219,7 @@ class CodeFacts:
             case said.ServiceAccepted():
                 self.acceptances.setdefault(body.requirement, Intervals()).add(body.first, body.end)
             case said.Allocation():
-                self.allocations[body.financial_year] = body
+                self.allocations[body.financial_year, body.ordering_party] = body
             case said.PracticeOpened():
                 pass
             case said.Retracted():

@@ -42,7 +42,7 @@ def parse_month(text: str) -> int:
     """`2026-04` as a month.  Raises ValueError with the text when it is not one."""
     if len(text) != 7 or text[4] != "-" or not (text[:4] + text[5:]).isascii():
         raise ValueError(f"{text!r} is not a month like 2026-04")
-    if not (text[:4] + text[5:]).isdigit() or not 1 <= int(text[5:]) <= 12 or int(text[:4]) < 1:
+    if not (text[:4] + text[5:]).isdigit() or not 1 <= int(text[5:]) <= 12 or not 1 <= int(text[:4]) <= 9998:
         raise ValueError(f"{text!r} is not a month like 2026-04")
     return int(text[:4]) * 12 + int(text[5:]) - 1
 

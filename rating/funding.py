@@ -136,11 +136,11 @@ def allocation_exact(reference: Reference, party: str, year: int) -> Fraction:
 
     An amount for the party replaces the per-patient form.
     """
-    own = reference.of(party).allocations.get(year)
-    if own is not None and own.ordering_party is not None:
+    own = reference.of(party).allocations.get((year, party))
+    if own is not None:
         return Fraction(own.amount_micros, 10_000)
-    national = reference.of(ENGLAND).allocations.get(year)
-    if national is None or national.ordering_party is not None:
+    national = reference.of(ENGLAND).allocations.get((year, None))
+    if national is None:
         return ZERO
     patients = reference.patients_under(national.as_of).get(party, 0)
     return Fraction(national.per_patient_micros * patients, 10_000)

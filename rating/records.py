@@ -577,9 +577,12 @@ def _allocation(fields: Fields) -> Allocation:
             fields.path,
             "is either ordering_party, financial_year, amount or financial_year, per_patient, as_of",
         )
+    year = fields.integer("financial_year")
+    if not 1 <= year <= 9998:
+        raise Refused(fields.at("financial_year"), f"is {year}, not the year of a 1 April such as 2026")
     return Allocation(
         ordering_party=party,
-        financial_year=fields.integer("financial_year"),
+        financial_year=year,
         amount_micros=amount or 0,
         per_patient_micros=per_patient or 0,
         as_of=fields.day("as_of") if for_all else 0,

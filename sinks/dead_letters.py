@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 from sinks import metrics
 from sinks.clickhouse import ClickHouse
+from streams.batch import instant
 from streams.codec import Codec
 from streams.producer import Outbox
 from streams.topics import DEAD_LETTERS
+
+#: At 16 MiB a letter at most, what one insert holds.
+ROWS_AT_ONCE = 5_000
+TOPIC_VALUE_BYTES = 512 * 1024
 
 _COLUMNS = (
     "agent", "generation", "topic", "partition", "offset", "index",
@@ -65,8 +69,10 @@ class DeadLetters:
             )
             for letter in letters
         ]
-        self._clickhouse.insert("dead_letters", _COLUMNS, rows)
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            self._clickhouse.insert("dead_letters", _COLUMNS, rows[start : start + ROWS_AT_ONCE])
         for letter in letters:
+            small = letter.value is not None and len(letter.value) <= TOPIC_VALUE_BYTES
             value = {
                 "reason": letter.reason,
                 "field": letter.field or None,
@@ -79,8 +85,9 @@ class DeadLetters:
                 },
                 "agent": self._agent,
                 "key": letter.key,
-                "value": letter.value,
-                "timestamp": datetime.fromtimestamp(letter.broker_timestamp_ms / 1000, UTC),
+                # A larger one is whole in the ledger; the topic says only that it was.
+                "value": letter.value if small else None,
+                "timestamp": instant(letter.broker_timestamp_ms),
             }
             self._outbox.send(
                 DEAD_LETTERS,

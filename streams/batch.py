@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Protocol
+
+#: 9999-12-30, in milliseconds since 1970.
+_LATEST_MS = 253_402_128_000_000
 
 
 class NotYet(Exception):
     """A batch that can't be done before something else has happened; the message says what."""
+
+
+def instant(timestamp_ms: int) -> datetime:
+    """A record's broker timestamp; one that no calendar has is the nearest that one has."""
+    return datetime.fromtimestamp(min(max(timestamp_ms, 0), _LATEST_MS) / 1000, UTC)
 
 
 class Record(Protocol):

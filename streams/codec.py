@@ -24,6 +24,7 @@ from rating.amounts import micros, micros_text
 from rating.records import Refused
 from streams.settings import Settings
 
+_MICRO = Decimal("0.000001")
 _HEADER = struct.Struct(">bI")
 
 
@@ -163,6 +164,7 @@ def read_json(data: bytes | None) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(data)
+        json.dumps(value, ensure_ascii=False).encode()  # lone surrogates are no text that can be kept
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -302,9 +304,9 @@ def _to_json(schema: Any, value: Any, named: Mapping[str, Any]) -> Any:
     if kind == "array":
         return [_to_json(schema["items"], each, named) for each in value]
     if isinstance(value, Decimal):
-        if value.adjusted() > 18:
-            raise Undecodable("a decimal does not fit decimal(18,6): it has more than eighteen digits")
-        return micros_text(int(value.scaleb(6)))
+        fits = value.adjusted() <= 18 and value == value.quantize(_MICRO)
+        # What does not fit is shown as it is, so that whoever reads it refuses it and takes its id.
+        return micros_text(int(value.scaleb(6))) if fits else str(value)[:60]
     if isinstance(value, datetime):
         return value.astimezone(UTC).isoformat().replace("+00:00", "Z")
     if isinstance(value, date):

@@ -52,7 +52,7 @@ class Settings:
     #: At most so many records are handed to an agent at once.
     batch_records: int = 20_000
     #: A usage record above this size is refused.
-    record_max_bytes: int = 1_048_576
+    record_max_bytes: int = 8_388_608
     #: Where a worker serves /metrics, /health and /ready; and the address it binds to.
     worker_port: int = 6066
     bind: str = "127.0.0.1"

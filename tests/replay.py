@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from agents.intake import _check
+from agents.intake import check
 from rating.admission import CodeLog, OrderLog
 from rating.book import Book, Order, Reference
 from rating.calendar import london_day, month_start, parse_month
@@ -61,7 +61,7 @@ class Replay:
         for reading in readings:
             try:
                 usage = from_interchange("Usage", reading)
-                quantity = _check(usage, usage["supplier_id"], speaker or None, self.arrival)
+                quantity = check(usage, usage["supplier_id"], usage["ods_code"], speaker or None, self.arrival)
                 content = (usage["item_id"], quantity, usage["occurred_at"])
                 revisions = self.usage.setdefault((usage["supplier_id"], usage["ods_code"], usage["id"]), {})
                 if revisions.setdefault(usage["revision"], content) != content:

@@ -322,6 +322,8 @@ def _require(settings: Settings, *names: str) -> None:
 def main() -> None:
     """The entry point.  SIGTERM ends a command as Ctrl-C does: what it started is stopped."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # Exact fractions of tiered prices may have thousands of digits.
+    sys.set_int_max_str_digits(0)
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -157,7 +158,9 @@ class Publisher:
         return len(refused)
 
     def _refuse(self, line: Line, reason: str) -> None:
-        self._refused.append(DeadLetter(line.file, 0, line.number, reason, value=line.text))
+        # Another file of the same name may be published tomorrow: its letters are others.
+        digest = zlib.crc32(line.text) & 0x7FFFFFFF
+        self._refused.append(DeadLetter(line.file, 0, line.number, reason, index=digest, value=line.text))
 
     def _encode(self, line: Line) -> tuple[str | None, bytes]:
         name, value, key = _record(line)
@@ -204,4 +207,5 @@ def _record(line: Line) -> tuple[str, Any, str | None]:
 
 def _text(value: Any, name: str) -> str | None:
     found = value.get(name) if isinstance(value, dict) else None
-    return found if isinstance(found, str) else None
+    # A lone surrogate is no text: without a key the record is refused like any other that is wrong.
+    return found if isinstance(found, str) and not re.search("[\ud800-\udfff]", found) else None
