@@ -86,6 +86,8 @@ class _State:
     dirty_since: dict[OrderItem, int] = field(default_factory=dict)
     changed_orders: set[str] = field(default_factory=set)
     horizon: int = 0
+    #: Rows of up to this version may stand that another life of this state has written.
+    known_from: int = 0
 
 
 class Charges(Agent):
@@ -123,7 +125,9 @@ class Charges(Agent):
         """Writes accruals ahead when the month has changed, also where nothing arrives."""
         with self._lock:
             for (_, partition), offset in committed.items():
-                state = self._states.pop(partition, None) or self._restore(partition, offset)
+                state = self._states.pop(partition, None)
+                if state is None or state.offset < offset:
+                    state = self._restore(partition, offset)
                 if state.horizon != self._horizon():
                     self._flush(state, partition)
                 self._states[partition] = state
@@ -155,7 +159,8 @@ class Charges(Agent):
                 state.usage[service] = days
         for line, month, parties in self._accruals.written(partition):
             state.written.setdefault(line, {})[month] = (None, frozenset(parties))
-            state.horizon = max(state.horizon, month)
+        state.horizon = self._accruals.horizon(partition)
+        state.known_from = self._accruals.newest_version(partition)
         if not positions:
             # A new life of the log: what the last one left is rated anew, once.
             state.changed_orders = set(state.orders)
@@ -259,7 +264,7 @@ class Charges(Agent):
         rows += [_nothing(key, month) for key, month, _ in dropped]
         now = version(self._generation, state.offset)
         self._accruals.insert(rows, now, partition)
-        self._accruals.insert_positions(partition, self._generation, state.offset, state.positions)
+        self._accruals.insert_positions(partition, self._generation, state.offset, state.positions, horizon)
         self._publish(rows, dropped, state, partition, now)
 
     def _spread(self, state: _State, book: Book, horizon: int) -> None:
@@ -311,7 +316,8 @@ class Charges(Agent):
                 rows.append(replace(row, wanted=row.wanted + nothing))
             else:
                 rows.append(row)
-            written[month] = (hash(row), parties)
+            known = version(self._generation, state.offset) >= state.known_from
+            written[month] = (hash(row) if known else None, parties)
 
     # --- step 4: what follows ---
 

@@ -147,11 +147,12 @@ class Intake(Agent):
 def check(reading: Any, supplier: str, practice: str, speaker: str | None, arrival: datetime) -> int:
     """A reading's quantity in micros.  Raises Refused with what RULES section 1 has against it."""
     for name, value in (("supplier_id", supplier), ("ods_code", practice), ("item_id", reading["item_id"])):
-        if not 0 < len(value) <= CODE_MAX_CHARACTERS:
-            raise Refused(name, f"has {len(value)} characters; a code has 1 to {CODE_MAX_CHARACTERS}")
+        if not isinstance(value, str) or not 0 < len(value) <= CODE_MAX_CHARACTERS:
+            raise Refused(name, f"is {str(value)[:40]!r}; a code has 1 to {CODE_MAX_CHARACTERS} characters")
     if len(reading["id"]) > ID_MAX_CHARACTERS:
         raise Refused("id", f"has {len(reading['id'])} characters; an id has at most {ID_MAX_CHARACTERS}")
-    if not isinstance(reading["quantity"], Decimal) or not isinstance(reading["occurred_at"], datetime):
+    at = reading["occurred_at"]
+    if not isinstance(reading["quantity"], Decimal) or not isinstance(at, datetime) or at.tzinfo is None:
         raise Refused("", "its writer's schema has no decimal quantity or no instant: use the schemas of tribill")
     if speaker is not None and supplier != speaker:
         raise Refused("supplier_id", f"is {supplier!r}, but this is the topic of supplier {speaker!r}")

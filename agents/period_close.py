@@ -76,6 +76,7 @@ class PeriodClose(Agent):
         self._broker = Broker(context.settings)
         #: For a period, the ends that each stage must reach, found once the stage before was done.
         self._ends: dict[int, dict[str, dict[Place, int]]] = {}
+        self._said = ""
 
     def topics(self) -> Sequence[str]:
         """`period-events`."""
@@ -159,10 +160,7 @@ class PeriodClose(Agent):
         return period
 
     def _fix(self, period: int) -> None:
-        # What the ledger has of a topic that is read no more still counts.
-        ends = {
-            _place(text): end for text, end in self._context.ledger.positions_seen(self._generation).items()
-        } | self._broker.end_offsets(input_topics(self._context.settings))
+        ends = self._ends_now()
         value = {
             "period": month_text(period),
             "generation": self._generation,
@@ -183,10 +181,28 @@ class PeriodClose(Agent):
             return
         cut = self._documents.cut(period)
         if cut is None:
+            self._check_cut(value)
             positions = {place_text(each["topic"], each["partition"]): each["end_offset"] for each in value["cut"]}
             cut = Cut(value["generation"], positions)
             self._documents.fix_cut(period, record.offset, cut)
         self._close(period, cut, record)
+
+    def _check_cut(self, value: dict[str, Any]) -> None:
+        """A cut names every input partition up to an offset that it has.  Raises CloseRefused."""
+        if value["generation"] != self._generation:
+            raise CloseRefused(f"the cut is of log generation {value['generation']}, not {self._generation}")
+        ends = self._ends_now()
+        said = {(each["topic"], each["partition"]): each["end_offset"] for each in value["cut"]}
+        for place in ends.keys() | said.keys():
+            if not 0 <= said.get(place, -1) <= ends.get(place, -1):
+                raise CloseRefused(f"the cut says {said.get(place)} of {place}, which has {ends.get(place)} records")
+
+    def _ends_now(self) -> dict[Place, int]:
+        # What the ledger has of a topic that is read no more still counts.
+        seen = self._context.ledger.positions_seen(self._generation)
+        return {_place(text): end for text, end in seen.items()} | self._broker.end_offsets(
+            input_topics(self._context.settings)
+        )
 
     def _answer(self, period: str, record: Record, outcome: str, detail: str) -> None:
         self._documents.answer(period, self._generation, record.offset, outcome, detail)
@@ -243,17 +259,21 @@ class PeriodClose(Agent):
         try:
             self._wait(period, cut)
         except NotYet as reason:
-            self._answer(text, record, "waiting", str(reason))
+            if str(reason) != self._said:
+                self._answer(text, record, "waiting", str(reason))
+                self._said = str(reason)
             raise
         self._answer(text, record, "waiting", "all is applied; the lines are being derived")
         book = self._book_at_cut(cut)
         derived = derive(book, period)
         drift = self._drift(period, book, derived.exact, cut)
         rows, held = invoice(derived, self._documents.invoiced_before(period), period)
-        issued = documents(rows, period, book, self._documents.issued_before(period))
+        rates = self._documents.vat_rates_before(period)
+        issued = documents(rows, period, book, self._documents.issued_before(period), rates)
         assert sum(rows.values()) == sum(document.net_pence for document in issued)
-        self._documents.insert_rows(period, "invoiced", rows)
-        self._documents.insert_rows(period, "held", held)
+        rates = {key: rate for document in issued for key, rate in document.vat_rates_micros.items()}
+        self._documents.insert_rows(period, "invoiced", rows, rates)
+        self._documents.insert_rows(period, "held", held, {})
         self._documents.insert_documents(issued)
         for document in issued:
             body = json.dumps(document.as_json(), separators=(",", ":"))

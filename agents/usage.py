@@ -6,7 +6,7 @@ used at a practice on a London day; charges follow from it alone.
 The order of steps for a batch:
 
 1. Identities are claimed in Redis.  A claim is only a hint (see `sinks.claims`), so losing the
-   process here, or Redis, costs look-ups and nothing else.
+   process here, or what Redis holds, costs look-ups and nothing else.
 2. What is not certainly new is looked up in the ledger as it was before this batch, so a batch
    that is read again after a crash finds nothing of itself and is done the same way.
 3. New rows go into the ledger.  If the process dies after this, the batch is read again and the
@@ -28,8 +28,6 @@ from typing import Any, ClassVar
 
 import polars as pl
 import pyarrow as pa
-import structlog
-from redis.exceptions import RedisError
 
 from agents.context import Context
 from agents.intake import encode_block
@@ -39,8 +37,6 @@ from sinks.dead_letters import DeadLetter
 from streams.agent import Agent
 from streams.batch import Batch
 from streams.topics import CHARGE_INPUTS, USAGE_ACCEPTED, partition_for
-
-log = structlog.get_logger(__name__)
 
 #: Practice, item, London day (ordinal).
 DayKey = tuple[str, str, int]
@@ -165,13 +161,10 @@ class Usage(Agent):
                 separator="/",
             ).alias("claim")
         )["claim"].to_list()  # fmt: skip
-        try:
-            standing, certain_after = self._claims.claim(identities, claims)
-        except RedisError as error:
-            log.warning("claims are unavailable, looking all up in the ledger", error=str(error))
-            return pl.Series([False] * rows.height, dtype=pl.Boolean)
+        standing, certain_after = self._claims.claim(identities, claims)
         unclaimed = pl.Series([each is None for each in standing], dtype=pl.Boolean)
-        return unclaimed & (rows["occurred_at"] >= certain_after)
+        # A later revision may lie on another day than the first: only the ledger knows.
+        return unclaimed & (rows["occurred_at"] >= certain_after) & (rows["revision"] == 0)
 
     def _judge_copies(self, copies: pl.DataFrame, batch: Batch, outcome: _Outcome) -> None:
         by_identity: dict[Identity, list[dict[str, Any]]] = {}

@@ -83,11 +83,18 @@ class Document:
         }
 
 
-def documents(rows: Mapping[ChargeKey, int], period: int, book: Book, issued: Mapping[str, int]) -> list[Document]:
+def documents(
+    rows: Mapping[ChargeKey, int],
+    period: int,
+    book: Book,
+    issued: Mapping[str, int],
+    vat_rates_micros: Mapping[ChargeKey, int],
+) -> list[Document]:
     """One document for each payer and supplier, numbered in the payer's gapless series.
 
-    `issued` is how many documents each payer has issued in earlier periods.  An order's VAT rate
-    is on its rows; the rate of an order that no longer stands is taken as 0.2.
+    `issued` is how many documents each payer has issued in earlier periods.  A row of what was
+    invoiced before has the rate that it was invoiced at (`vat_rates_micros`), so that a credit gives
+    back the VAT that was charged; any other has its order's.
     """
     by_parties: dict[tuple[str, str], Document] = {}
     counters = dict(issued)
@@ -99,6 +106,8 @@ def documents(rows: Mapping[ChargeKey, int], period: int, book: Book, issued: Ma
             by_parties[parties] = Document(number, period, *parties)
         document = by_parties[parties]
         document.rows[key] = rows[key]
-        order = book.orders.get(key.order_number)
-        document.vat_rates_micros[key] = order.header.vat_rate_micros if order else MICROS // 5
+        invoiced_at = vat_rates_micros.get(key)
+        document.vat_rates_micros[key] = (
+            invoiced_at if invoiced_at is not None else book.orders[key.order_number].header.vat_rate_micros
+        )
     return list(by_parties.values())

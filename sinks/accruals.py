@@ -87,13 +87,30 @@ class Accruals:
             values = [row.values(version, partition) for row in rows[start : start + 20_000]]
             self._clickhouse.insert("accruals", _ACCRUAL_COLUMNS, values)
 
-    def insert_positions(self, partition: int, generation: int, offset: int, positions: Positions) -> None:
-        """Says what the accruals of a partition count, as of an offset in charge-inputs."""
+    def insert_positions(
+        self, partition: int, generation: int, offset: int, positions: Positions, horizon: int
+    ) -> None:
+        """Says what a partition's accruals count as of an offset in charge-inputs, and up to which month."""
         self._clickhouse.insert(
             "accrual_positions",
-            ("charge_partition", "generation", "offset", "positions"),
-            [(partition, generation, offset, dict(positions))],
+            ("charge_partition", "generation", "offset", "positions", "horizon"),
+            [(partition, generation, offset, dict(positions), horizon)],
         )
+
+    def horizon(self, partition: int) -> int:
+        """The month up to which all of a partition's lines have been written ahead; 0 before the first time."""
+        rows = self._clickhouse.query(
+            "SELECT max(horizon) FROM accrual_positions WHERE charge_partition = {partition:Int32}",
+            {"partition": partition},
+        )
+        return int(rows[0][0])
+
+    def newest_version(self, partition: int) -> int:
+        """The highest version of a partition's rows; 0 when there is none."""
+        rows = self._clickhouse.query(
+            "SELECT max(version) FROM accruals WHERE charge_partition = {partition:Int32}", {"partition": partition}
+        )
+        return int(rows[0][0])
 
     def positions(self, partition: int, generation: int, offset: int | None = None) -> dict[str, int]:
         """What the accruals of a partition counted at an offset (None: now); nothing before the first."""

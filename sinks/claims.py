@@ -1,8 +1,9 @@
 """Claims of usage identities in Redis: the fast way to know that an identity was never seen.
 
 A claim is never the last word.  An identity that Redis has not seen may be new; it certainly is
-only if its event lies inside the window and after the store was last emptied.  All else, and
-everything while Redis is away, is looked up in the ledger.
+only if its event lies inside the window and after the store was last emptied.  All else is looked
+up in the ledger.  While Redis is away usage waits: rows kept without a claim would let their later
+copies pass as new.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 
 import redis
 import structlog
+from redis.exceptions import RedisError
 
 from streams.settings import Settings
 
@@ -49,6 +51,12 @@ return found
 _GENERATION_KEY = "tribill:claims"
 
 
+class ClaimsUnavailable(ConnectionError):
+    """Redis is away.  Usage waits for it: rows without a claim would let their copies pass as new."""
+
+    sink = "redis"
+
+
 class Claims:
     """Claims identities, a batch at a time."""
 
@@ -65,23 +73,27 @@ class Claims:
         """Claims each identity for a record, unless it is claimed already.
 
         Returns for each the claim that stood before (None: none did), and the instant after which
-        an event without a claim is certainly new.  Raises RedisError when Redis is away.
+        an event without a claim is certainly new.  Raises ClaimsUnavailable when Redis is away.
         """
         standing: list[str | None] = []
         emptied_at = 0.0
-        for start in range(0, len(identities), _CHUNK):
-            arguments: list[str | int] = [int(time.time()), self._keep_seconds]
-            for identity, each in zip(identities[start : start + _CHUNK], claim[start : start + _CHUNK], strict=True):
-                arguments += ["u:" + identity, each]
-            found = self._script(keys=[_GENERATION_KEY], args=arguments)
-            since = float(found[0])
-            if found[1] and self._ledger_is_empty():
-                # Nothing was ever claimed before: a new installation, not an emptied store.
-                since = 0.0
-                run = self._redis.info("server")["run_id"]
-                self._redis.hset(_GENERATION_KEY, run, "0")
-            emptied_at = max(emptied_at, since)
-            standing += [each.decode() if each is not None else None for each in found[2:]]
+        try:
+            for start in range(0, len(identities), _CHUNK):
+                arguments: list[str | int] = [int(time.time()), self._keep_seconds]
+                chunk = slice(start, start + _CHUNK)
+                for identity, each in zip(identities[chunk], claim[chunk], strict=True):
+                    arguments += ["u:" + identity, each]
+                found = self._script(keys=[_GENERATION_KEY], args=arguments)
+                since = float(found[0])
+                if found[1] and self._ledger_is_empty():
+                    # Nothing was ever claimed before: a new installation, not an emptied store.
+                    since = 0.0
+                    run = self._redis.info("server")["run_id"]
+                    self._redis.hset(_GENERATION_KEY, run, "0")
+                emptied_at = max(emptied_at, since)
+                standing += [each.decode() if each is not None else None for each in found[2:]]
+        except RedisError as error:
+            raise ClaimsUnavailable(f"Redis: {error}") from error
         if self._never_certain:
             return standing, datetime.max.replace(tzinfo=UTC)
         certain_after = max(datetime.fromtimestamp(emptied_at, UTC) + _AHEAD, datetime.now(UTC) - self._window + _AHEAD)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -96,7 +97,23 @@ class Documents:
         )
         return {str(payer): int(count) for payer, count in rows}
 
-    def insert_rows(self, period: int, kind: str, amounts: Mapping[ChargeKey, int]) -> None:
+    def vat_rates_before(self, period: int) -> dict[ChargeKey, int]:
+        """The VAT rate (micros) that each key was last invoiced at in earlier periods."""
+        rows = self._clickhouse.query(
+            """
+            SELECT order_number, toString(item_id), ods_code, toString(supplier_id), payer, month,
+                   argMax(vat_rate_micros, period)
+            FROM document_rows
+            WHERE kind = 'invoiced' AND period < {period:String}
+            GROUP BY order_number, item_id, ods_code, supplier_id, payer, month
+            """,
+            {"period": month_text(period)},
+        )
+        return {ChargeKey(*key): rate for *key, rate in rows}
+
+    def insert_rows(
+        self, period: int, kind: str, amounts: Mapping[ChargeKey, int], vat_rates_micros: Mapping[ChargeKey, int]
+    ) -> None:
         """Inserts a period's `invoiced` or `held` rows."""
         text = month_text(period)
         self._clickhouse.insert(
@@ -111,8 +128,9 @@ class Documents:
                 "payer",
                 "month",
                 "pence",
+                "vat_rate_micros",
             ),
-            [(text, kind, *key, pence) for key, pence in amounts.items()],
+            [(text, kind, *key, pence, vat_rates_micros.get(key, 0)) for key, pence in amounts.items()],
         )
 
     def rows(self, period: int, kind: str) -> dict[ChargeKey, int]:
@@ -207,4 +225,7 @@ def write_files(documents: Documents, period: int, directory: Path) -> list[Path
 
 def safe_name(text: str) -> str:
     """A number as part of a file name: payers' codes come from data, so no separator may survive."""
-    return "".join(each if each.isalnum() or each in "-_." else f"%{ord(each):x}" for each in text).lstrip(".")
+    plain = "".join(each if each.isalnum() or each in "-_." else f"%{ord(each):x}" for each in text)
+    plain = plain if not plain.startswith(".") else f"%2e{plain[1:]}"
+    # A file system has a limit; what is cut off is told apart by its digest.
+    return plain if len(plain) <= 100 else f"{plain[:60]}~{hashlib.sha256(text.encode()).hexdigest()[:24]}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,8 @@ GROUP BY ods_code, item_id, day
 """
 #: `toInt32` of a date counts from 1970-01-01; ordinals count from 0001-01-01.
 _EPOCH_ORDINAL = 719163
+#: At most so many bytes of values are bound to one parameter.
+BOUND_BYTES = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,14 @@ class Ledger:
         self, identities: Iterable[tuple[str, str, str]], generation: int, accepted_before: int
     ) -> list[dict[str, Any]]:
         """The rows of these identities (practice, supplier, id) accepted before an offset."""
+        found: list[dict[str, Any]] = []
+        for chunk in _chunks(identities):
+            found += self._known_usage(chunk, generation, accepted_before)
+        return found
+
+    def _known_usage(
+        self, identities: Sequence[tuple[str, ...]], generation: int, accepted_before: int
+    ) -> list[dict[str, Any]]:
         practices, suppliers, ids = zip(*identities, strict=True)
         table = self._clickhouse.query_arrow(
             """
@@ -135,10 +145,13 @@ class Ledger:
         condition = """ods_code IN {practices:Array(String)}
             AND (generation < {generation:UInt32}
                  OR generation = {generation:UInt32} AND accepted_offset < {before:Int64})"""
-        rows = self._totals(
-            condition, {"practices": list(practices), "generation": generation, "before": accepted_before}
-        )
-        return {(ods_code, item_id, day): quantity for ods_code, item_id, day, quantity in rows}
+        totals = {}
+        for chunk in _chunks((each,) for each in practices):
+            names = [each for (each,) in chunk]
+            parameters = {"practices": names, "generation": generation, "before": accepted_before}
+            for ods_code, item_id, day, quantity in self._totals(condition, parameters):
+                totals[ods_code, item_id, day] = quantity
+        return totals
 
     def totals_accepted(self, generation: int, positions: Positions) -> dict[Service, dict[int, int]]:
         """Day totals by (item, practice) and day, at positions in usage-accepted."""
@@ -234,6 +247,21 @@ class Ledger:
             {"generation": generation, "partitions": partitions},
         )
         return self.positions_seen(generation) | {str(place): int(end) for place, end in rows}
+
+
+def _chunks(values: Iterable[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
+    """Values to bind in parts that ClickHouse takes: a field of a form has a limit (by default 128 KiB)."""
+    chunk: list[tuple[str, ...]] = []
+    size = 0
+    for value in values:
+        length = max(len(part.encode()) * 2 + 8 for part in value)
+        if chunk and size + length > BOUND_BYTES:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(value)
+        size += length
+    if chunk:
+        yield chunk
 
 
 def _by_service(rows: Iterable[tuple[str, str, int, int]]) -> dict[Service, dict[int, int]]:

@@ -17,6 +17,8 @@ log = structlog.get_logger(__name__)
 class DeliveryFailed(Exception):
     """The broker did not take a record; nothing that follows from it may be acknowledged."""
 
+    sink = "kafka"
+
 
 class Outbox:
     """Sends records and waits until the broker has acknowledged every one.

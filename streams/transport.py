@@ -5,8 +5,8 @@ a fetch into one message makes that a cost of the fetch.  A folded message has t
 last record and the list of its records as its value, and acknowledging it commits one past that.
 
 Why the bookkeeping is overridden: Faust commits up to the first gap between acknowledged offsets,
-and folded offsets are nothing but gaps.  The agents take a partition's batches in order and
-acknowledge each before they take the next, so the highest acknowledged offset is always right.
+and folded offsets are nothing but gaps; and it acknowledges messages by itself that it skips after a
+rebalance.  So what is committed is only what an agent has said to be finished, in order.
 """
 
 from __future__ import annotations
@@ -36,20 +36,28 @@ class Folded:
 
 
 class Consumer(driver.Consumer):  # type: ignore[misc]  # faust is untyped
-    """Folds each fetched partition into one message and commits the highest acknowledged offset."""
+    """Folds each fetched partition into one message and commits what agents have finished."""
+
+    def on_init(self) -> None:
+        """Faust's hook: also called when the consumer is started again."""
+        super().on_init()
+        #: By partition, one past the last offset that its agent has done.
+        self.finished: dict[TP, int] = {}
+
+    async def on_partitions_revoked(self, revoked: set[TP]) -> None:
+        """What was done but not committed is its next owner's to read again."""
+        for tp in revoked:
+            self.finished.pop(tp, None)
+        await super().on_partitions_revoked(revoked)
 
     async def _getmany(self, active_partitions: set[TP] | None, timeout: float) -> dict[TP, list[Folded]]:
         fetched = await super()._getmany(active_partitions, timeout)
         return {tp: [_fold(records)] for tp, records in fetched.items() if records}
 
     def _new_offset(self, tp: TP) -> int | None:
-        acked: list[int] = self._acked[tp]
-        if not acked:
-            return None
-        highest = max(acked)
-        acked.clear()
+        self._acked[tp].clear()
         self._acked_index[tp].clear()
-        return highest + 1
+        return self.finished.pop(tp, None)
 
     async def _add_gap(self, tp: TP, offset_from: int, offset_to: int) -> None:
         """Gaps are the rule between folded messages; there is nothing to wait for in them."""

@@ -161,8 +161,10 @@ class Worker:
                     log.exception("a bug: the batch is not acknowledged and the worker ends")
                     await self.app.crash(SystemExit(70))
                     raise
+        tp = TP(batch.topic, batch.partition)
+        self.app.consumer.finished[tp] = batch.end_offset
         event.ack()
-        await self.app.consumer.commit({TP(batch.topic, batch.partition)})
+        await self.app.consumer.commit({tp})
         self.in_hand_since = None
         metrics.BATCH_SECONDS.labels(self.agent.role).observe(time.monotonic() - started)
         metrics.WATERMARK.labels(self.agent.role, batch.topic, str(batch.partition)).set(
@@ -172,10 +174,14 @@ class Worker:
     async def _idle(self) -> None:
         if self.in_hand_since is None:
             try:
-                held = {(each.topic, each.partition): 0 for each in _assignment(self.app)}
-                await asyncio.to_thread(self.agent.idle, self._broker.committed(f"tribill-{self.agent.role}", held))
+                await asyncio.to_thread(self._do_idle, _assignment(self.app))
             except SINK_ERRORS as error:
                 log.warning("sink failed in idle work", agent=self.agent.role, error=str(error)[:300])
+
+    def _do_idle(self, held: set[TP]) -> None:
+        places = [(each.topic, each.partition) for each in held if each.topic in self.agent.topics()]
+        if places:
+            self.agent.idle(self._broker.committed(f"tribill-{self.agent.role}", places))
 
     def _serve(self, app: faust.App) -> None:
         @app.page("/metrics")  # type: ignore[untyped-decorator]
@@ -195,7 +201,7 @@ class Worker:
 
 def _sink(error: Exception) -> str:
     """Which sink an error of SINK_ERRORS came from."""
-    return "kafka" if isinstance(error, (DeliveryFailed, KafkaException)) else "clickhouse"
+    return str(getattr(error, "sink", "kafka" if isinstance(error, KafkaException) else "clickhouse"))
 
 
 def _assignment(app: faust.App) -> set[TP]:

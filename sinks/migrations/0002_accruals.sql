@@ -32,7 +32,8 @@ CREATE TABLE IF NOT EXISTS accrual_positions
     charge_partition Int32,
     generation UInt32,
     offset Int64 COMMENT 'end offset in charge-inputs',
-    positions Map(String, Int64) COMMENT 'topic/partition to the end offset that is counted'
+    positions Map(String, Int64) COMMENT 'topic/partition to the end offset that is counted',
+    horizon Int32 COMMENT 'the month up to which every line is written ahead'
 )
 ENGINE = ReplacingMergeTree
 ORDER BY (charge_partition, generation, offset);

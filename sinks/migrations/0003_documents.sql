@@ -32,7 +32,8 @@ CREATE TABLE IF NOT EXISTS document_rows
     supplier_id LowCardinality(String),
     payer String,
     month Int32,
-    pence Int256
+    pence Int256,
+    vat_rate_micros Int64 COMMENT 'the rate that the row was invoiced at; 0 of what is held'
 )
 ENGINE = ReplacingMergeTree
 ORDER BY (period, kind, order_number, item_id, ods_code, supplier_id, payer, month);
