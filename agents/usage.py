@@ -81,6 +81,7 @@ class Usage(Agent):
     def __init__(self, context: Context) -> None:
         self._context = context
         self._claims = context.claims()
+        self._claims.check()
         self._generation = context.settings.log_generation
         self._totals: dict[int, _Totals] = {}
 

@@ -16,7 +16,7 @@ import redis
 import structlog
 from redis.exceptions import RedisError
 
-from streams.settings import Settings
+from streams.settings import Settings, SettingsError
 
 log = structlog.get_logger(__name__)
 
@@ -68,6 +68,18 @@ class Claims:
         self._keep_seconds = int((self._window + 2 * _AHEAD).total_seconds())
         self._redis = redis.Redis.from_url(settings.redis, socket_timeout=10, socket_connect_timeout=2)
         self._script = self._redis.register_script(_CLAIM)
+
+    def check(self) -> None:
+        """Raises SettingsError when Redis may throw claims away, ClaimsUnavailable when it does not answer."""
+        try:
+            memory = self._redis.info("memory")
+        except RedisError as error:
+            raise ClaimsUnavailable(f"Redis: {error}") from error
+        if memory.get("maxmemory") and memory.get("maxmemory_policy") != "noeviction":
+            raise SettingsError(
+                f"Redis has maxmemory-policy {memory.get('maxmemory_policy')}, so it may throw claims away and their "
+                "copies would pass as new; set it to noeviction"
+            )
 
     def claim(self, identities: Sequence[str], claim: Sequence[str]) -> tuple[list[str | None], datetime]:
         """Claims each identity for a record, unless it is claimed already.

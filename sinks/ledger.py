@@ -231,6 +231,15 @@ class Ledger:
         )
         return {str(place): int(end) for place, end in rows}
 
+    def positions_accepted(self, generation: int) -> dict[str, int]:
+        """One past the last offset of every partition of usage-accepted that the ledger has rows of."""
+        rows = self._clickhouse.query(
+            "SELECT accepted_partition, max(accepted_offset) + 1 FROM usage"
+            " WHERE generation = {generation:UInt32} GROUP BY accepted_partition",
+            {"generation": generation},
+        )
+        return {f"{USAGE_ACCEPTED}/{partition}": int(end) for partition, end in rows}
+
     def positions_complete(self, generation: int, partitions: int) -> dict[str, int]:
         """Up to where the ledger certainly has all of every input partition, in a life of the log.
 

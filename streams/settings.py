@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from collections.abc import Mapping
@@ -108,15 +109,16 @@ class Settings:
                 )
 
     def write(self, path: Path) -> None:
-        """Writes the settings that differ from the defaults as a TOML file, readable by its owner alone."""
+        """Writes the settings that differ from the defaults as a TOML file that its owner alone can read."""
         lines = []
         for each in fields(self):
             value = getattr(self, each.name)
             if value != each.default:
-                shown = str(value).lower() if isinstance(value, bool) else value
-                lines.append(f'{each.name} = "{shown}"\n' if isinstance(value, str) else f"{each.name} = {shown}\n")
-        path.touch(mode=0o600)
-        path.write_text("".join(lines))
+                # A JSON string, number or boolean is one of TOML too.
+                lines.append(f"{each.name} = {json.dumps(value)}\n")
+        path.unlink(missing_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write("".join(lines))
 
 
 def _typed(name: str, kind: str, value: Any) -> Any:

@@ -60,16 +60,18 @@ def configurations(settings: Settings) -> dict[str, tuple[int, dict[str, str]]]:
     """Every topic with its number of partitions and its configuration."""
     many = settings.partitions
     for_ever = {"retention.ms": "-1"}
+    # What lies in the log is in the ledger within seconds; so long an outage may last.
+    quarter = {"retention.ms": str(90 * 24 * 3600 * 1000)}
     blocks = {"max.message.bytes": str(BLOCK_MAX_BYTES)}
     return {
-        **dict.fromkeys(usage_topics(settings), (many, _APPENDED_AT | blocks)),
+        **dict.fromkeys(usage_topics(settings), (many, _APPENDED_AT | quarter | blocks)),
         CONTRACT_CHANGES: (many, _APPENDED_AT | for_ever | blocks),
         REFERENCE_CHANGES: (many, _APPENDED_AT | for_ever | blocks),
         # One partition: periods close in order.
         PERIOD_EVENTS: (1, _APPENDED_AT | for_ever),
-        USAGE_ACCEPTED: (many, blocks),
-        CHARGE_INPUTS: (many, blocks),
-        FUNDING_INPUTS: (many, blocks),
+        USAGE_ACCEPTED: (many, quarter | blocks),
+        CHARGE_INPUTS: (many, quarter | blocks),
+        FUNDING_INPUTS: (many, quarter | blocks),
         ACCRUALS: (many, {"cleanup.policy": "compact"}),
         INVOICES: (1, for_ever | blocks),
         DEAD_LETTERS: (1, {"max.message.bytes": str(DEAD_LETTER_MAX_BYTES)}),

@@ -16,9 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import faust
@@ -61,6 +59,9 @@ class _App(faust.App):  # type: ignore[misc]  # faust is untyped
     def _new_transport(self) -> Any:
         return Transport(self.conf.broker_consumer, self)
 
+    def _create_directories(self) -> None:
+        """Faust's folders are for its tables, which nothing here uses."""
+
 
 class Worker:
     """Runs an agent in a Faust worker until SIGTERM."""
@@ -102,7 +103,6 @@ class Worker:
             f"tribill-{self.agent.role}",
             broker=[URL(f"aiokafka://{each.strip()}") for each in settings.kafka.split(",")],
             store="memory://",
-            datadir=str(Path(tempfile.gettempdir()) / "tribill-faust"),
             key_serializer="raw",
             value_serializer="raw",
             topic_disable_leader=True,

@@ -71,12 +71,15 @@ def worker(context: click.Context, role: str) -> None:
 
     As many workers of a role may run as its topics have partitions; they share the work.
     """
+    from confluent_kafka import KafkaException
+
+    from sinks.clickhouse import LedgerUnavailable
     from tribill.roles import run_worker
 
     try:
         sys.exit(run_worker(role, load_settings(context)))
-    except SettingsError as error:
-        raise _Failure(str(error)) from None
+    except (SettingsError, KafkaException, LedgerUnavailable, ConnectionError) as error:
+        raise _Failure(f"the worker {role} cannot start: {error}") from None
 
 
 @cli.command()

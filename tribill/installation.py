@@ -126,6 +126,11 @@ class Installation:
 
     def stop(self) -> None:
         """Stops workers, then parts; no process is left."""
+        self.stop_processes()
+        self.stack.stop()
+
+    def stop_processes(self) -> None:
+        """Stops the workers and the page, side by side."""
         processes = [*self.workers.values(), *([self.web] if self.web else [])]
         for process in processes:
             process.ask_to_end()
@@ -133,4 +138,3 @@ class Installation:
             process.terminate(_STOP_SECONDS)
         self.workers.clear()
         self.web = None
-        self.stack.stop()

@@ -69,6 +69,10 @@ ROLES: dict[str, Callable[[Context], Agent]] = {
 def run_worker(role: str, settings: Settings) -> int:
     """Runs a role's worker until it is stopped; returns the exit code."""
     from agents.context import Context
+    from agents.start import check_log
     from streams.worker import Worker
 
-    return Worker(ROLES[role](Context(role, settings)), settings).run()
+    context = Context(role, settings)
+    agent = ROLES[role](context)
+    check_log(agent, context)
+    return Worker(agent, settings).run()

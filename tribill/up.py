@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from sinks.clickhouse import ClickHouse
 from sinks.ledger import Ledger
@@ -84,9 +85,12 @@ def installation(
             yield held
         finally:
             drained = held.drain(DRAIN_SECONDS, say)
-            if drained and generation is not None:
-                log_generation.end(directory)
-            elif not drained:
+            held.stop_processes()
+            # Somebody may have published between the drain and the end of the workers.
+            if drained and not held.behind():
+                if generation is not None:
+                    log_generation.end(directory)
+            else:
                 say("not drained: the next start will say what may be lost")
 
 
@@ -96,7 +100,10 @@ def up(directory: Path, settings: Settings, accept_lost_tail: bool, say: Callabl
     try:
         with stopping_by_signal(), installation(directory, settings, accept_lost_tail, say) as held:
             for part in held.stack.parts:
-                say(f"{part.name:<14} {part.address}" + (f"  (pid {part.pid})" if part.pid else "  (external)"))
+                say(
+                    f"{part.name:<14} {without_password(part.address)}"
+                    + (f"  (pid {part.pid})" if part.pid else "  (external)")
+                )
             for role, worker in held.workers.items():
                 say(f"{'worker ' + role:<22} http://127.0.0.1:{held.worker_ports[role]}/metrics  (pid {worker.pid})")
             say(f"settings       {held.settings_file}  (tribill --config ... publish, close, worker)")
@@ -173,6 +180,12 @@ def _lost_tail(held: Installation, generation: int) -> str:
         f"{places or chr(10) + '  nothing of it had reached the ledger'}\n"
         "start with --accept-lost-tail to go on with what the ledger has"
     )
+
+
+def without_password(address: str) -> str:
+    """An address as it may be shown."""
+    url = urlsplit(address)
+    return url._replace(netloc=url.netloc.rpartition("@")[2]).geturl() if "@" in url.netloc else address
 
 
 def _is_free(port: int) -> bool:
