@@ -209,13 +209,13 @@ def profile(work: Callable[[], Any], entries: int) -> list[str]:
 def describe(book: Book, derived: Derivation) -> str:
     """What the book is made of, to see that the benchmark asks for what it says."""
     lines: list[Line] = [line for order in book.orders.values() for line in order.lines.values()]
-    kinds = {name: 0 for name in ("patient", "declarative", "on_demand")}
+    kinds = dict.fromkeys(("patient", "declarative", "on_demand"), 0)
     for line in lines:
         kinds[line.placed.price.provisioning] += 1
     tiered = sum(not line.placed.price.is_flat for line in lines)
     usage = sum(map(len, book.usage.values()))
     net = (sum(derived.payable.values()) + sum(derived.held.values())) / 100
-    paid = {payer: 0 for payer in ("NHSE", "LOCAL")}
+    paid = dict.fromkeys(("NHSE", "LOCAL"), 0)
     for key, pence in derived.payable.items():
         if key.payer in paid:
             paid[key.payer] += pence

@@ -656,7 +656,7 @@ def read_contract_change(value: object) -> ContractChange:
     body = change.body
     if isinstance(body, OrderPlaced):
         number, _, revision = body.order_id.rpartition("-")
-        if number != change.order_number or not re.fullmatch(r"\d{2,}", revision, re.ASCII):
+        if number != change.order_number or not re.fullmatch(r"\d{2}", revision, re.ASCII):
             raise Refused(
                 "change.OrderPlaced.order_id",
                 f"is {body.order_id!r}, not the order number {change.order_number} with a revision, "
