@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from fractions import Fraction
@@ -29,16 +29,23 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from agents.context import Context
+from rating.amounts import Exact, pence
 from rating.book import Book, Line, LineKey, Order, Reference, Service
 from rating.calendar import LONDON, month_of, month_text, parse_month
-from rating.charges import MonthCharge, first_month, rate_month
-from rating.funding import groups
+from rating.charges import MonthCharge, first_month, rate_months, rated_together
+from rating.funding import charge_of, groups
 from rating.records import (
+    ContractBody,
     ContractChange,
+    FundingChanged,
     ListSize,
     OrderPlaced,
+    OrderTerminated,
+    PartyNovated,
     PracticeClosed,
     PracticeMerged,
+    PriceAgreed,
+    QuantityChanged,
     ReferenceChange,
     Retracted,
     ServiceAccepted,
@@ -66,10 +73,11 @@ LogPlace = tuple[int, int, int]
 #: Order number and item id: lines that are rated together.
 OrderItem = tuple[str, str]
 _ALWAYS = -1
+_JSON = json.JSONEncoder(separators=(",", ":"))
 
 
 @dataclass(slots=True)
-class _State:
+class State:
     """All that a partition's items' charges follow from, as of an offset in charge-inputs."""
 
     offset: int
@@ -81,10 +89,13 @@ class _State:
     book: Book | None = None
     #: Months of a line that have a row, with the row's hash (None: not known) and wanted parties.
     written: dict[LineKey, dict[int, tuple[int | None, frozenset[str]]]] = field(default_factory=dict)
-    #: Months to rate again: by order and item, and from a first month on.
-    dirty_months: dict[OrderItem, set[int]] = field(default_factory=dict)
-    dirty_since: dict[OrderItem, int] = field(default_factory=dict)
-    changed_orders: set[str] = field(default_factory=set)
+    #: What has been said since the accruals were written, with the first month that it can move: of orders,
+    #: of an order's lines for an item (at one practice, or None: at all), and of codes; and months of usage.
+    said_of_orders: dict[str, int] = field(default_factory=dict)
+    said_of_lines: dict[tuple[str, str, str | None], int] = field(default_factory=dict)
+    said_of_codes: dict[str, int] = field(default_factory=dict)
+    list_sizes: set[tuple[str, int]] = field(default_factory=set)
+    used: dict[Service, set[int]] = field(default_factory=dict)
     horizon: int = 0
     #: Rows of up to this version may stand that another life of this state has written.
     known_from: int = 0
@@ -101,7 +112,7 @@ class Charges(Agent):
         self._accruals = Accruals(context.clickhouse)
         self._generation = context.settings.log_generation
         self._partitions = context.settings.partitions
-        self._states: dict[int, _State] = {}
+        self._states: dict[int, State] = {}
         self._lock = Lock()
 
     def topics(self) -> Sequence[str]:
@@ -134,10 +145,10 @@ class Charges(Agent):
 
     # --- step 1: state ---
 
-    def _restore(self, partition: int, offset: int) -> _State:
+    def _restore(self, partition: int, offset: int) -> State:
         ledger, generation = self._context.ledger, self._generation
         positions = self._accruals.positions(partition, generation, offset)
-        state = _State(offset, dict(positions))
+        state = State(offset, dict(positions))
         for change in ledger.changes(CONTRACT_CHANGES, generation, positions):
             if change.accepted:
                 place = (change.generation, change.partition, change.offset)
@@ -163,10 +174,10 @@ class Charges(Agent):
         state.known_from = self._accruals.newest_version(partition)
         if not positions:
             # A new life of the log: what the last one left is rated anew, once.
-            state.changed_orders = set(state.orders)
+            state.said_of_orders = dict.fromkeys(state.orders, _ALWAYS)
         return state
 
-    def _apply(self, record: Record, state: _State, partition: int) -> None:
+    def _apply(self, record: Record, state: State, partition: int) -> None:
         assert record.value is not None, "charge-inputs holds what our agents wrote"
         if record.value[:1] != b"\x00":
             self._apply_totals(record.value, state)
@@ -184,24 +195,22 @@ class Charges(Agent):
                 self._apply_reference(read_reference_change(body), state)
         state.positions[place] = max(counted, source["end_offset"])
 
-    def _apply_totals(self, block: bytes, state: _State) -> None:
+    def _apply_totals(self, block: bytes, state: State) -> None:
         with pa.ipc.open_stream(block) as reader:
             metadata = {key.decode(): value.decode() for key, value in (reader.schema.metadata or {}).items()}
             rows = reader.read_all()
         place, end = place_text(USAGE_ACCEPTED, int(metadata["partition"])), int(metadata["end_offset"])
         if end < state.positions.get(place, 0):
             return  # from a worker that had lost its partition; its successor has said more
-        book = self._book(state)
         columns = (rows.column(name).to_pylist() for name in ("ods_code", "item_id", "day", "quantity_micros"))
         for ods_code, item_id, day, quantity in zip(*columns, strict=True):
             service = (item_id, ods_code)
             state.usage.setdefault(service, {})[day] = int(quantity)
-            for line in book.by_service.get(service, ()):
-                state.dirty_months.setdefault((line.order.number, item_id), set()).add(month_of(day))
+            state.used.setdefault(service, set()).add(month_of(day))
         if metadata["last"] == "1":
             state.positions[place] = end
 
-    def _apply_contract(self, change: ContractChange, place: Any, state: _State) -> None:
+    def _apply_contract(self, change: ContractChange, place: Any, state: State) -> None:
         key = (place["generation"], place["partition"], place["offset"])
         known = state.contracts.setdefault(change.order_number, {})
         if key in known:
@@ -211,24 +220,23 @@ class Charges(Agent):
         order = state.orders.get(change.order_number)
         if order is not None and latest and not isinstance(change.body, Retracted):
             order.apply(change.body)
+            _note(change.order_number, change.body, state)
         else:
             # Lines that a retraction takes away need their rows set to zero.
             changes = [known[each] for each in sorted(known)]
             state.orders[change.order_number] = Order.fold(change.order_number, changes)
-        state.changed_orders.add(change.order_number)
+            state.said_of_orders[change.order_number] = _ALWAYS
         state.book = None
 
-    def _apply_reference(self, change: ReferenceChange, state: _State) -> None:
+    def _apply_reference(self, change: ReferenceChange, state: State) -> None:
         state.reference.say(change)
         body = change.body
-        if isinstance(body, (ListSize, PracticeClosed, PracticeMerged, ServiceAccepted, Retracted)):
-            since = month_of(body.as_of) if isinstance(body, ListSize) else _ALWAYS
-            book = self._book(state)
-            for line in book.by_code.get(change.code, ()):
-                key = (line.order.number, line.item_id)
-                state.dirty_since[key] = min(since, state.dirty_since.get(key, since))
+        if isinstance(body, ListSize):
+            state.list_sizes.add((change.code, body.as_of))
+        elif isinstance(body, (PracticeClosed, PracticeMerged, ServiceAccepted, Retracted)):
+            state.said_of_codes[change.code] = _ALWAYS
 
-    def _book(self, state: _State) -> Book:
+    def _book(self, state: State) -> Book:
         if state.book is None:
             state.book = Book(state.orders.values(), state.reference, state.usage)
         return state.book
@@ -242,24 +250,24 @@ class Charges(Agent):
         setting = self._context.settings.horizon_month
         return max(ahead, parse_month(setting)) if setting else ahead
 
-    def _flush(self, state: _State, partition: int) -> None:
+    def _flush(self, state: State, partition: int) -> None:
         horizon = self._horizon()
         book = self._book(state)
-        self._spread(state, book, horizon)
         rows: list[AccrualRow] = []
         dropped: list[tuple[LineKey, int, frozenset[str]]] = []
-        for (number, item_id), months in state.dirty_months.items():
-            if partition_for(item_id, self._partitions) == partition and number in book.orders:
-                order = book.orders[number]
-                for month in sorted(months):
-                    if month <= horizon:
-                        self._rate(order, item_id, month, book, state, rows)
+        for order, item_id, lines, months in touched(state, book, horizon):
+            if partition_for(item_id, self._partitions) == partition:
+                for month, charges in rate_months(order, item_id, months, book, lines):
+                    for line in lines:
+                        self._accrue(line, month, charges.get(line.ods_code), book, state, rows)
         for key in self._vanished(state, book):
             for month, (_, parties) in state.written.pop(key).items():
                 dropped.append((key, month, parties))
-        state.dirty_months.clear()
-        state.dirty_since.clear()
-        state.changed_orders.clear()
+        state.said_of_orders.clear()
+        state.said_of_lines.clear()
+        state.said_of_codes.clear()
+        state.list_sizes.clear()
+        state.used.clear()
         state.horizon = horizon
         rows += [_nothing(key, month) for key, month, _ in dropped]
         now = version(self._generation, state.offset)
@@ -267,57 +275,42 @@ class Charges(Agent):
         self._accruals.insert_positions(partition, self._generation, state.offset, state.positions, horizon)
         self._publish(rows, dropped, state, partition, now)
 
-    def _spread(self, state: _State, book: Book, horizon: int) -> None:
-        """Turns changed orders and "from a month on" into months to rate."""
-        for number in state.changed_orders:
-            # Another order's line may take the usage now, also that of a line that is gone.
-            for service in _placed(state.contracts.get(number, {}).values()):
-                for line in book.by_service.get(service, ()):
-                    state.dirty_since[line.order.number, line.item_id] = _ALWAYS
-        if state.horizon and horizon > state.horizon:
-            for order in book.orders.values():
-                for item_id in order.by_item:
-                    key = (order.number, item_id)
-                    state.dirty_since[key] = min(state.horizon + 1, state.dirty_since.get(key, horizon))
-        for (number, item_id), since in state.dirty_since.items():
-            if number not in book.orders:
-                continue
-            lines = book.orders[number].by_item.get(item_id, [])
-            starts = [month for line in lines if (month := first_month(line, book)) is not None]
-            starts += [month for line in lines for month in state.written.get(line.key, ())]
-            first = max(min(starts, default=horizon + 1), since)
-            state.dirty_months.setdefault((number, item_id), set()).update(range(first, horizon + 1))
-
-    def _vanished(self, state: _State, book: Book) -> list[LineKey]:
+    def _vanished(self, state: State, book: Book) -> list[LineKey]:
         """Lines with rows that their order no longer has."""
         gone = []
-        for key in state.written if state.changed_orders else ():
-            if key[0] in state.changed_orders:
+        for key in state.written if state.said_of_orders else ():
+            if key[0] in state.said_of_orders:
                 order = book.orders.get(key[0])
                 if order is None or key[1:] not in order.lines:
                     gone.append(key)
         return gone
 
-    def _rate(self, order: Order, item_id: str, month: int, book: Book, state: _State, rows: list[AccrualRow]) -> None:
-        charges = rate_month(order, item_id, month, book)
-        for line in order.by_item[item_id]:
-            charge = charges[line.ods_code]
-            written = state.written.setdefault(line.key, {})
-            if not (charge.time or charge.days or charge.quantity_micros) and month not in written:
-                continue
-            row = _row(line, month, charge, book)
-            parties = frozenset(party for party, _ in row.wanted)
-            if month in written and written[month] == (hash(row), parties):
-                continue
-            gone = written[month][1] - parties if month in written else frozenset()
-            if gone:
-                # What is no longer wanted is said once more, as zero.
-                nothing = tuple((party, Fraction(0)) for party in sorted(gone))
-                rows.append(replace(row, wanted=row.wanted + nothing))
-            else:
-                rows.append(row)
-            known = version(self._generation, state.offset) >= state.known_from
-            written[month] = (hash(row) if known else None, parties)
+    def _accrue(
+        self,
+        line: Line,
+        month: int,
+        charge: MonthCharge | None,
+        book: Book,
+        state: State,
+        rows: list[AccrualRow],
+    ) -> None:
+        """Adds the row of a line's month, unless it stands as it is."""
+        written = state.written.setdefault(line.key, {})
+        if charge is None and month not in written:
+            return
+        row = accrual_row(line, month, charge or MonthCharge(), book)
+        parties = frozenset(party for party, _ in row.wanted)
+        if month in written and written[month] == (hash(row), parties):
+            return
+        gone = written[month][1] - parties if month in written else frozenset()
+        if gone:
+            # What is no longer wanted is said once more, as zero.
+            nothing = tuple((party, Fraction(0)) for party in sorted(gone))
+            rows.append(replace(row, wanted=row.wanted + nothing))
+        else:
+            rows.append(row)
+        known = version(self._generation, state.offset) >= state.known_from
+        written[month] = (hash(row) if known else None, parties)
 
     # --- step 4: what follows ---
 
@@ -325,7 +318,7 @@ class Charges(Agent):
         self,
         rows: Iterable[AccrualRow],
         dropped: Iterable[tuple[LineKey, int, frozenset[str]]],
-        state: _State,
+        state: State,
         partition: int,
         now: int,
     ) -> None:
@@ -392,24 +385,84 @@ def _placed(changes: Iterable[ContractChange]) -> set[Service]:
     }
 
 
-def _row(line: Line, month: int, charge: MonthCharge, book: Book) -> AccrualRow:
+def _note(number: str, body: ContractBody, state: State) -> None:
+    """Notes whose charges a change of an order can move, and from which month on."""
+    if isinstance(body, (OrderPlaced, OrderTerminated, PartyNovated, Retracted)):
+        state.said_of_orders[number] = _ALWAYS
+        return
+    since = month_of(body.first) if isinstance(body, (QuantityChanged, PriceAgreed, FundingChanged)) else _ALWAYS
+    named = (number, body.item_id, body.ods_code)
+    state.said_of_lines[named] = min(since, state.said_of_lines.get(named, since))
+
+
+def touched(state: State, book: Book, horizon: int) -> Iterator[tuple[Order, str, list[Line], list[int]]]:
+    """What has to be rated again: an order's lines for an item, and the months."""
+    months_of: dict[Line, set[int]] = {}
+
+    def touch(lines: Iterable[Line], since: int, until: int) -> None:
+        for line in lines:
+            starts = list(state.written.get(line.key, ()))
+            if (live := first_month(line, book)) is not None:
+                starts.append(live)
+            if starts:
+                months_of.setdefault(line, set()).update(range(max(since, min(starts)), min(until, horizon) + 1))
+
+    for number, since in state.said_of_orders.items():
+        # Another order's line may take the usage now, also that of a line that is gone.
+        for service in _placed(state.contracts.get(number, {}).values()):
+            touch(book.by_service.get(service, ()), since, horizon)
+    for (number, item_id, ods_code), since in state.said_of_lines.items():
+        for line in book.orders[number].named(item_id, ods_code) if number in book.orders else ():
+            touch(book.by_service[item_id, line.ods_code], since, horizon)
+    for code, since in state.said_of_codes.items():
+        touch(book.by_code.get(code, ()), since, horizon)
+    for code, as_of in state.list_sizes:
+        until = book.reference.of(code).list_sizes.next_after(as_of) - 1
+        lines = [line for line in book.by_code.get(code, ()) if line.follows_list_size]
+        touch(lines, month_of(as_of), month_of(until))
+    for service, months in state.used.items():
+        for month in months:
+            touch(book.by_service.get(service, ()), month, month)
+    if state.horizon and horizon > state.horizon:
+        for order in book.orders.values():
+            touch(order.lines.values(), state.horizon + 1, horizon)
+
+    by_item: dict[OrderItem, list[Line]] = {}
+    for line in months_of:
+        by_item.setdefault((line.order.number, line.item_id), []).append(line)
+    for (number, item_id), lines in by_item.items():
+        order = book.orders[number]
+        if rated_together(order, item_id):
+            every = set().union(*(months_of[line] for line in lines))
+            yield order, item_id, order.by_item[item_id], sorted(every)
+            continue
+        alike: dict[frozenset[int], list[Line]] = {}
+        for line in lines:
+            alike.setdefault(frozenset(months_of[line]), []).append(line)
+        for same, each in alike.items():
+            yield order, item_id, each, sorted(same)
+
+
+def accrual_row(line: Line, month: int, charge: MonthCharge, book: Book) -> AccrualRow:
+    """The row that says what has accrued for a line in a month."""
     split = groups(line, month, charge, book)
-    wanted: dict[str, Fraction] = {}
+    wanted: dict[str, Exact] = {}
     for group in split:
         if group.wanted:
-            wanted[group.party] = wanted.get(group.party, Fraction(0)) + group.wanted
+            wanted[group.party] = wanted.get(group.party, 0) + group.wanted
+    day = date.fromordinal
     return AccrualRow(
         line=line.key,
         month=month,
         supplier_id=line.order.header.supplier_id,
-        m2=date.fromordinal(line.m2) if line.m2 is not None else None,
+        m2=day(line.m2) if line.m2 is not None else None,
         one_off=line.is_one_off,
-        exact=sum((group.charge for group in split), Fraction(0)),
+        exact=pence(charge_of(split)),
         quantity_micros=charge.quantity_micros,
-        time=tuple((date.fromordinal(first), date.fromordinal(end), each) for first, end, each in charge.time),
-        days=tuple((date.fromordinal(day), each) for day, each in sorted(charge.days.items())),
-        groups=json.dumps([group_json(group) for group in split], separators=(",", ":")),
-        wanted=tuple(sorted(wanted.items())),
+        time=tuple((day(first), day(end), pence(each)) for first, end, each in charge.time),
+        days=tuple((day(each), pence(exact)) for each, exact in sorted(charge.days.items())),
+        groups=_JSON.encode([group_json(group.in_pence()) for group in split]),
+        wanted=tuple((party, pence(exact)) for party, exact in sorted(wanted.items())),
     )
 
 

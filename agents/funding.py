@@ -23,6 +23,7 @@ from fractions import Fraction
 from typing import Any, ClassVar
 
 from agents.context import Context
+from rating.amounts import Exact, pence
 from rating.book import LineKey, Reference
 from rating.calendar import financial_year
 from rating.funding import allocation_exact, draw_down
@@ -134,7 +135,7 @@ class Funding(Agent):
 
     def _flush(self, state: _State) -> None:
         now = version(self._generation, state.offset)
-        by_year: dict[PartyYear, dict[int, Fraction]] = {}
+        by_year: dict[PartyYear, dict[int, Exact]] = {}
         for (party, month), lines in state.wanted.items():
             key = (party, financial_year(month))
             if key in state.dirty:
@@ -142,7 +143,7 @@ class Funding(Agent):
                 by_year.setdefault(key, {})[month] = total
         rows = []
         for party, year in sorted(state.dirty):
-            allocation = allocation_exact(state.reference, party, year)
+            allocation = pence(allocation_exact(state.reference, party, year))
             drawn = draw_down(allocation, by_year.get((party, year), {}), year)
             rows += [(party, month, now, allocation, each) for month, each in drawn.items()]
         self._accruals.insert_drawn(rows)

@@ -18,7 +18,7 @@ The order of steps for a close, each of which can be repeated with the same resu
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from fractions import Fraction
@@ -27,11 +27,12 @@ from typing import Any, ClassVar
 import structlog
 
 from agents.context import Context
-from rating.amounts import micros
+from rating.amounts import micros, micros_text, pence
 from rating.book import Book, LineKey, Order, Reference
 from rating.calendar import month_start, month_text, parse_month
-from rating.close import derive, invoice, rate_lines
+from rating.close import Derivation, derive, invoice, rate_lines
 from rating.documents import documents
+from rating.funding import charge_of
 from rating.records import Refused, read_contract_change, read_reference_change
 from sinks import metrics
 from sinks.accruals import Accruals, decimal
@@ -128,7 +129,7 @@ class PeriodClose(Agent):
         try:
             period = self._check(text)
             if period is None:
-                self._answer(text, record, "closed", "was closed before; these are its documents")
+                self._answer(text, record, "closed", "was closed before")
                 return
             cut = self._documents.cut(period)
             if cut is None:
@@ -177,7 +178,7 @@ class PeriodClose(Agent):
         if period is None:
             # Perhaps the process died after the period was written: whoever waits is told (again).
             self._say_closed(value["period"])
-            self._answer(value["period"], record, "closed", "these are its documents")
+            self._answer(value["period"], record, "closed", "")
             return
         cut = self._documents.cut(period)
         if cut is None:
@@ -266,7 +267,7 @@ class PeriodClose(Agent):
         self._answer(text, record, "waiting", "all is applied; the lines are being derived")
         book = self._book_at_cut(cut)
         derived = derive(book, period)
-        drift = self._drift(period, book, derived.exact, cut)
+        drift = self._drift(period, derived, cut)
         rows, held = invoice(derived, self._documents.invoiced_before(period), period)
         rates = self._documents.vat_rates_before(period)
         issued = documents(rows, period, book, self._documents.issued_before(period), rates)
@@ -291,7 +292,7 @@ class PeriodClose(Agent):
         self._context.outbox.send(PERIOD_EVENTS, announced, key=text)
         self._context.outbox.flush()
         self._ends.pop(period, None)
-        self._answer(text, record, "closed", f"{len(issued)} documents")
+        self._answer(text, record, "closed", _notice(book))
         metrics.ACCRUAL_DRIFT.set(float(decimal(drift)))
         metrics.CLOSED_PERIOD.set(month_start(period + 1).timestamp())
         log.info("period closed", period=text, documents=len(issued), rows=len(rows), drift=str(drift))
@@ -313,32 +314,57 @@ class PeriodClose(Agent):
         )
         return Book(orders, reference, usage)
 
-    def _drift(self, period: int, book: Book, derived: dict[tuple[LineKey, int], Fraction], cut: Cut) -> Fraction:
-        """By how much the accruals differ from what the ledger gives at the positions that they count.
+    def _drift(self, period: int, derived: Derivation, cut: Cut) -> Fraction:
+        """By how many pence the accruals differ from what the ledger gives at the positions that they count.
 
-        Where no more than the cut has arrived since, that is what was just derived.
+        Where they count what the cut does and no more, that is what was just derived.
         """
         partitions = self._context.settings.partitions
-        positions = [self._accruals.positions(each, self._generation) for each in range(partitions)]
+        expected: list[Mapping[tuple[LineKey, int], Fraction]] = []
+        known: dict[tuple[tuple[str, int], ...], Mapping[tuple[LineKey, int], Fraction]] = {}
+        for partition in range(partitions):
+            counted = self._accruals.positions(partition, self._generation)
+            same = tuple(sorted(counted.items()))
+            if same not in known:
+                known[same] = derived.exact if self._counts_the_cut(counted, cut) else self._exact_at(counted, period)
+            expected.append(known[same])
         accrued = self._accruals.exact_up_to(period)
-        total = Fraction(0)
-        for partition, counted in enumerate(positions):
-            usage = self._context.ledger.totals_accepted(self._generation, counted)
-            if all(counted.get(place, 0) == end for place, end in cut.positions.items() if "changes" in place) and (
-                usage == book.usage
-            ):
-                expected = derived
-            else:
-                later = self._book(self._generation, counted, usage)
-                expected = {
-                    (line.key, month): each.exact
-                    for line, months in rate_lines(later, period).items()
-                    for month, each in months.items()
-                }
-            for key in expected.keys() | accrued.keys():
-                if partition_for(key[0][1], partitions) == partition:
-                    total += abs(accrued.get(key, Fraction(0)) - expected.get(key, Fraction(0)))
+        partition_of: dict[str, int] = {}
+        total, nothing = Fraction(0), Fraction(0)
+        for key in accrued.keys() | {key for each in known.values() for key in each}:
+            item_id = key[0][1]
+            if item_id not in partition_of:
+                partition_of[item_id] = partition_for(item_id, partitions)
+            found, due = accrued.get(key, nothing), expected[partition_of[item_id]].get(key, nothing)
+            if found != due:
+                total += abs(found - due)
         return total
+
+    def _counts_the_cut(self, counted: Positions, cut: Cut) -> bool:
+        """Whether positions of the accruals and a cut of the input topics take in the same changes and usage."""
+        return (
+            cut.generation == self._generation
+            and all(counted.get(place, 0) == end for place, end in cut.positions.items() if "changes" in place)
+            and self._context.ledger.same_usage(self._generation, counted, cut.positions)
+        )
+
+    def _exact_at(self, counted: Positions, period: int) -> Mapping[tuple[LineKey, int], Fraction]:
+        """What the ledger gives at positions that the accruals count."""
+        usage = self._context.ledger.totals_accepted(self._generation, counted)
+        book = self._book(self._generation, counted, usage)
+        return {(line.key, month): pence(charge_of(split)) for line, month, split in rate_lines(book, period)}
+
+
+def _notice(book: Book) -> str:
+    """What somebody should look at: usage that no order covers, and usage that several do."""
+    suspense, overlaps = book.untaken()
+    said = []
+    if suspense:
+        quantity = micros_text(sum(suspense.values()))
+        said.append(f"usage of {quantity} units of {len(suspense)} items at practices waits in suspense")
+    for (item_id, ods_code), orders in sorted(overlaps.items())[:10]:
+        said.append(f"usage of {item_id} at {ods_code} is covered by {', '.join(orders)}: {orders[0]} takes it")
+    return "; ".join(said)
 
 
 def _place(text: str) -> Place:

@@ -28,12 +28,14 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from agents.charges import touched_by_list_size
+from agents.charges import State, accrual_row, touched
 from rating import records as said
 from rating.book import Book, Line, Order, Reference
 from rating.calendar import FOREVER, first_day, last_day, month_text, parse_month
+from rating.charges import MonthCharge, rate_months
 from rating.close import Derivation, derive
 from rating.records import Funding, Price, Tier
+from sinks.accruals import AccrualRow
 
 SEED = 20250401
 FIRST_MONTH = parse_month("2025-04")
@@ -172,6 +174,17 @@ class World:
         return Book(self.orders, self.reference, self.usage)
 
 
+def published(book: Book, changes: list[said.ReferenceChange], horizon: int) -> list[AccrualRow]:
+    """What the charges agent rates after list sizes were published, up to a month ahead: its rows."""
+    sizes = {(change.code, change.body.as_of) for change in changes if isinstance(change.body, said.ListSize)}
+    state = State(0, list_sizes=sizes)
+    rows = []
+    for order, item_id, lines, months in touched(state, book, horizon):
+        for month, charges in rate_months(order, item_id, months, book, lines):
+            rows += [accrual_row(line, month, charges.get(line.ods_code) or MonthCharge(), book) for line in lines]
+    return rows
+
+
 # --- measuring ------------------------------------------------------------------------------
 
 
@@ -244,7 +257,7 @@ def main() -> None:
     with timed() as year:
         derived = derive(book, last)
     derive_mib = peak_mib()
-    line_months = sum(map(len, derived.exact.values()))
+    line_months = sum(map(len, derived.charges.values()))
     print(describe(book, derived))
     print(
         f"(a) a year derived: {year.cpu:.2f} s CPU, {year.wall:.2f} s; {options.lines / year.cpu:,.0f} lines/s, "
@@ -256,7 +269,7 @@ def main() -> None:
     with timed() as rerated:
         for change in changes:
             book.reference.say(change)
-        rows = touched_by_list_size(book, changes, last + 1)
+        rows = published(book, changes, last + 1)
     print(
         f"(b) list sizes of {month_text(last)} published for {len(changes):,} practices: {len(rows):,} rows in "
         f"{rerated.cpu:.2f} s CPU, {rerated.wall:.2f} s"
@@ -265,7 +278,7 @@ def main() -> None:
     profiles: dict[str, list[str]] = {}
     if options.profile:
         profiles["derive"] = profile(lambda: derive(book, last), options.profile)
-        profiles["rerate"] = profile(lambda: touched_by_list_size(book, changes, last + 1), options.profile)
+        profiles["rerate"] = profile(lambda: published(book, changes, last + 1), options.profile)
         for name, text in profiles.items():
             print(f"\n{name}:", *text, sep="\n")
     RESULTS.mkdir(exist_ok=True)

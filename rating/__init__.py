@@ -5,7 +5,7 @@ one hand finds section 2 in `timeline` and `book`, section 3 in `charges`, `fund
 `rounding`, section 4 in `close`, and what is refused when read in `records` and `admission`.
 
 Units: quantities and prices are integers of millionths (`*_micros`), so a price times a
-quantity is an integer of 10**-12 pounds; exact money is a `Fraction` of pence (`*_exact`);
-rounded money is an integer of pence (`*_pence`).  Days are `date.toordinal()` integers, months
+quantity is an integer of 10**-12 pounds; exact money is counted in grains of a penny (`Exact`, see
+`amounts`); rounded money is an integer of pence (`*_pence`).  Days are `date.toordinal()` integers, months
 are `year * 12 + month - 1`.
 """

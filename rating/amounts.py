@@ -1,14 +1,31 @@
-"""Exact numbers: decimals of six places as integers, money as fractions of pence, one way to round."""
+"""Exact numbers: decimals of six places as integers, money as grains of a penny, one way to round.
+
+A grain is so small that prices, quantities, days and months come out as whole ones: a day of any
+month, of a twelfth of a year, of 365 and of 366 is a whole number of `PARTS`.  So an exact amount
+is an integer nearly always, and a `Fraction` of grains where a tier's total, a bound or an
+allocation that runs dry divides by any other number.  Both are exact, and Python counts with them
+alike; which of the two an amount is makes it fast or slow, never right or wrong.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from fractions import Fraction
+from math import lcm
 
 MICROS = 1_000_000
 #: price_micros * quantity_micros is in 10**-12 pounds; so many of them are one penny.
 PENNY = 10**10
+#: 10**-12 pounds are so many grains.
+PARTS = lcm(12 * 28, 12 * 29, 12 * 30, 12 * 31, 365, 366)
+#: A penny is so many grains.
+GRAINS = PENNY * PARTS
+#: A millionth of a pound is so many grains.
+MICRO_GRAINS = MICROS * PARTS
+
+#: An exact amount of money, in grains.
+Exact = int | Fraction
 #: decimal(18,6): at most eighteen digits in all.
 LIMIT_MICROS = 10**18
 
@@ -58,32 +75,56 @@ def pounds_text(pence: int) -> str:
     return f"{sign}{pence // 100}.{pence % 100:02d}"
 
 
-def round_half_away(exact: Fraction) -> int:
-    """The nearest integer, halves away from zero (RULES 3.10).
+def divided(exact: Exact, by: Exact) -> Exact:
+    """A quotient, as an integer where it is one.
 
-    >>> [round_half_away(Fraction(n, 2)) for n in (1, -1, 3, 0)]
+    >>> divided(6, 3), divided(1, 3)
+    (2, Fraction(1, 3))
+    """
+    return whole(Fraction(exact, by)) if exact % by else exact // by
+
+
+def whole(exact: Exact) -> Exact:
+    """The same number, as an integer where it is one."""
+    return exact.numerator if exact.denominator == 1 else exact
+
+
+def pence(exact: Exact) -> Fraction:
+    """Grains as pence, still exact, for other eyes than the rules'.
+
+    >>> pence(GRAINS // 31)
+    Fraction(1, 31)
+    """
+    return Fraction(exact, GRAINS)
+
+
+def round_half_away(exact: Exact, unit: int = 1) -> int:
+    """The nearest whole number of units, halves away from zero (RULES 3.10).
+
+    >>> [round_half_away(n, 2) for n in (1, -1, 3, 0)]
     [1, -1, 2, 0]
     """
-    numerator, denominator = exact.numerator, exact.denominator
+    numerator, denominator = exact.numerator, exact.denominator * unit
     magnitude = (2 * abs(numerator) + denominator) // (2 * denominator)
     return magnitude if numerator >= 0 else -magnitude
 
 
-def largest_remainder(exact: Sequence[Fraction], total: int) -> list[int] | None:
-    """Integers that sum to `total`, each the floor of its share or one more.
+def largest_remainder(exact: Sequence[Exact], total: int, unit: int = 1) -> list[int] | None:
+    """Numbers of units that sum to `total`, each the floor of its share or one more.
 
     The extra ones go to the largest remainders (what exceeds the floor, also when negative); of
     equal ones to the earlier in the sequence, so the caller orders it by the tie rule.  None when
     no such integers exist.
 
-    >>> largest_remainder([Fraction(1, 3)] * 3, 1)
+    >>> largest_remainder([1, 1, 1], 1, 3)
     [1, 0, 0]
     """
-    floors = [share.numerator // share.denominator for share in exact]
+    floors = [share // unit for share in exact]
     extra = total - sum(floors)
     if not 0 <= extra <= len(floors):
         return None
-    order = sorted(range(len(floors)), key=lambda index: floors[index] - exact[index])
-    for index in order[:extra]:
-        floors[index] += 1
+    if extra:
+        order = sorted(range(len(floors)), key=lambda index: floors[index] * unit - exact[index])
+        for index in order[:extra]:
+            floors[index] += 1
     return floors

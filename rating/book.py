@@ -44,15 +44,12 @@ class Line:
     quantity: Timeline[int]
     funding: Timeline[Waterfall]
 
-    @property
-    def item_id(self) -> str:
-        """The catalogue item."""
-        return self.key[1]
+    #: The catalogue item and the practice, as in the key.
+    item_id: str = field(init=False)
+    ods_code: str = field(init=False)
 
-    @property
-    def ods_code(self) -> str:
-        """The practice."""
-        return self.key[2]
+    def __post_init__(self) -> None:
+        _, self.item_id, self.ods_code = self.key
 
     @property
     def m1(self) -> int | None:
@@ -68,6 +65,13 @@ class Line:
     def is_one_off(self) -> bool:
         """Whether the line is charged once, on delivery: it needs no M2 (3.8)."""
         return self.placed.price.is_one_off
+
+    @property
+    def follows_list_size(self) -> bool:
+        """Whether a list size of the practice moves what the line costs or who pays it."""
+        return any(price.provisioning == "patient" for price in self.price.values) or any(
+            step.take == "per_patient_year" for waterfall in self.funding.values for step in waterfall
+        )
 
     def live(self, reference: Reference) -> tuple[int, int]:
         """The live days `[first, end)`; (0, 0) when never live (3.1)."""
@@ -325,11 +329,21 @@ class Book:
             if line.live(self.reference)[0] <= day < line.live(self.reference)[1] and line.price.at(day).is_on_demand
         ]
 
-    def suspense(self) -> dict[tuple[str, str, int], int]:
-        """Usage that no line takes, in micros by (item, practice, day)."""
-        return {
-            (*service, day): quantity
-            for service, days in self.usage.items()
-            for day, quantity in days.items()
-            if quantity and not self.takers(service, day)
-        }
+    def untaken(self) -> tuple[dict[Service, int], dict[Service, list[str]]]:
+        """Usage in suspense, and overlaps (3.3).
+
+        The first is what no line takes, in micros by (item, practice); the second the orders that
+        all have a line for a (item, practice) on some day of its usage, of which the lowest takes it.
+        """
+        suspense: dict[Service, int] = {}
+        overlaps: dict[Service, list[str]] = {}
+        for service, days in self.usage.items():
+            for day, quantity in days.items():
+                if not quantity:
+                    continue
+                takers = self.takers(service, day)
+                if not takers:
+                    suspense[service] = suspense.get(service, 0) + quantity
+                elif len(takers) > 1:
+                    overlaps[service] = [line.order.number for line in takers]
+        return suspense, overlaps

@@ -11,6 +11,7 @@ LONDON = ZoneInfo("Europe/London")
 
 #: Later than any day that a contract speaks of; stands for "open".
 FOREVER = date.max.toordinal()
+LAST_MONTH = date.max.year * 12 + date.max.month - 1
 #: Earlier than any day that a contract speaks of.
 NEVER = 0
 
@@ -23,8 +24,8 @@ def month_of(day: int) -> int:
 
 @lru_cache(maxsize=4096)
 def first_day(month: int) -> int:
-    """The first day (ordinal) of a month."""
-    return date(month // 12, month % 12 + 1, 1).toordinal()
+    """The first day (ordinal) of a month; FOREVER of months later than a date can hold."""
+    return date(month // 12, month % 12 + 1, 1).toordinal() if month <= LAST_MONTH else FOREVER
 
 
 @lru_cache(maxsize=4096)
@@ -63,7 +64,7 @@ def add_months(day: int, months: int) -> int:
     """
     at = date.fromordinal(day)
     month = at.year * 12 + at.month - 1 + months
-    if month >= 9999 * 12 + 12:
+    if month > LAST_MONTH:
         return FOREVER
     return first_day(month) + min(at.day, days_in(month)) - 1
 

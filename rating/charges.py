@@ -1,43 +1,42 @@
 """What a charge line costs in a calendar month, day by day and exact (RULES 3.1 to 3.6).
 
-Exact money is a `Fraction` of pence; only `rounding` rounds.
+Money is exact, in grains of a penny (`amounts`); only `rounding` rounds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date
-from fractions import Fraction
+from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
-from rating.amounts import MICROS, PENNY
+from rating.amounts import MICRO_GRAINS, MICROS, PARTS, Exact, divided
 from rating.book import Book, Line, Order
-from rating.calendar import days_in, first_day, last_day, month_of
+from rating.calendar import days_in, first_day, month_of
 from rating.records import Price
-
-ZERO = Fraction(0)
 
 
 @dataclass(slots=True)
 class MonthCharge:
     """A line's charge in one month.
 
-    `time` holds steps (first day, day after, pence of each day); `days` holds what falls on
+    `time` holds steps (first day, day after, grains of each day); `days` holds what falls on
     single days: usage, one-offs, top-ups, credits.  `quantity_micros` is the usage counted.
     """
 
-    time: list[tuple[int, int, Fraction]] = field(default_factory=list)
-    days: dict[int, Fraction] = field(default_factory=dict)
+    time: list[tuple[int, int, Exact]] = field(default_factory=list)
+    days: dict[int, Exact] = field(default_factory=dict)
     quantity_micros: int = 0
 
-    def add(self, day: int, exact: Fraction) -> None:
+    def add(self, day: int, exact: Exact) -> None:
         """Adds to what falls on a day."""
-        self.days[day] = self.days.get(day, ZERO) + exact
+        self.days[day] = self.days.get(day, 0) + exact
 
-    def between(self, first: int, end: int) -> Fraction:
-        """The charge of the days `[first, end)`, in exact pence."""
-        total = ZERO
+    def between(self, first: int, end: int) -> Exact:
+        """The charge of the days `[first, end)`."""
+        total: Exact = 0
         for start, until, each in self.time:
             days = min(until, end) - max(start, first)
             if days > 0:
@@ -46,6 +45,32 @@ class MonthCharge:
             if first <= day < end:
                 total += exact
         return total
+
+    def total(self) -> Exact:
+        """The charge of the whole month."""
+        total: Exact = sum(self.days.values())
+        for start, until, each in self.time:
+            total += each * (until - start)
+        return total
+
+
+class Live(NamedTuple):
+    """A line with its live days `[first, end)` within a month."""
+
+    line: Line
+    first: int
+    end: int
+
+
+#: The charges of a month, by practice; a line without any is not in it.
+Charges = dict[str, MonthCharge]
+
+
+def _of(charges: Charges, line: Line) -> MonthCharge:
+    found = charges.get(line.ods_code)
+    if found is None:
+        found = charges[line.ods_code] = MonthCharge()
+    return found
 
 
 # --- tiers (3.4) ----------------------------------------------------------------------------
@@ -98,35 +123,37 @@ def stretch_cost(price: Price, low_micros: int, high_micros: int) -> int:
 # --- time charges (3.2) ---------------------------------------------------------------------
 
 
-def per_day(price: Price, month: int) -> tuple[int, int]:
-    """What turns a monthly or yearly price into a day's: (numerator, denominator)."""
-    yearly = price.time_unit == "year"
-    if price.day_count == "month":
-        return 1, days_in(month) * (12 if yearly else 1)
+@lru_cache(maxsize=4096)
+def day_grains(time_unit: str, day_count: str, month: int) -> int:
+    """What 10**-12 pounds a month or a year are for one day of the month."""
+    yearly = time_unit == "year"
+    if day_count == "month":
+        return PARTS // (days_in(month) * (12 if yearly else 1))
     year = month // 12
     leap = year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
-    days = 366 if price.day_count == "actual/actual" and leap else 365
-    return (1 if yearly else 12), days
+    days = 366 if day_count == "actual/actual" and leap else 365
+    return PARTS // days * (1 if yearly else 12)
 
 
-def quantity_pieces(line: Line, book: Book, first: int, end: int) -> Iterable[tuple[int, int, Price, int]]:
+def quantity_pieces(line: Line, book: Book, first: int, end: int) -> list[tuple[int, int, Price, int]]:
     """The steps inside `[first, end)` of a line's price and quantity: (from, to, price, quantity_micros).
 
     The quantity is the list size of the day for a price per patient (the ordered quantity before
     the practice's first list size, RULES 2.2), else the declared one.
     """
+    found = []
     for start, until, price in line.price.pieces(first, end):
         if price.provisioning != "patient":
             for low, high, quantity in line.quantity.pieces(start, until):
-                yield low, high, price, quantity
+                found.append((low, high, price, quantity))
             continue
-        sizes = book.reference.of(line.ods_code).list_sizes
-        for low, high, patients in sizes.pieces(start, until):
+        for low, high, patients in book.reference.of(line.ods_code).list_sizes.pieces(start, until):
             if patients is not None:
-                yield low, high, price, patients * MICROS
+                found.append((low, high, price, patients * MICROS))
             else:
                 for at, to, quantity in line.quantity.pieces(low, high):
-                    yield at, to, price, quantity
+                    found.append((at, to, price, quantity))
+    return found
 
 
 def quantity_on(line: Line, book: Book, day: int) -> tuple[Price, int]:
@@ -136,37 +163,27 @@ def quantity_on(line: Line, book: Book, day: int) -> tuple[Price, int]:
     raise AssertionError("every day has a price and a quantity")
 
 
-def live_in(line: Line, book: Book, month: int) -> tuple[int, int]:
-    """The live days of the line in the month, `[first, end)`; empty when first >= end."""
-    first, end = line.live(book.reference)
-    return max(first, first_day(month)), min(end, last_day(month) + 1)
-
-
-def _add_time_charges(lines: list[Line], book: Book, month: int, charges: Mapping[str, MonthCharge]) -> None:
+def _add_time_charges(live: Iterable[Live], book: Book, month: int, charges: Charges) -> None:
     steps: list[tuple[Line, int, int, Price, int]] = []
     tiered = False
-    for line in lines:
-        first, end = live_in(line, book, month)
-        if first >= end:
-            continue
+    for line, first, end in live:
         for low, high, price, quantity in quantity_pieces(line, book, first, end):
             if price.is_time:
                 steps.append((line, low, high, price, quantity))
                 tiered = tiered or not price.is_flat
     totals = _totals(steps) if tiered else []
     for line, low, high, price, quantity in steps:
-        numerator, denominator = per_day(price, month)
-        time = charges[line.ods_code].time
+        if not quantity:
+            continue
+        grains = day_grains(price.time_unit, price.day_count, month)
         if price.is_flat:
-            cost = price.tiers[0].price_micros * quantity
-            if cost:
-                time.append((low, high, Fraction(cost * numerator, denominator * PENNY)))
+            if cost := price.tiers[0].price_micros * quantity:
+                _of(charges, line).time.append((low, high, cost * grains))
             continue
         for low_total, high_total, total in totals:
             start, until = max(low_total, low), min(high_total, high)
-            if start < until and total and quantity:
-                cost = tiered_cost(price, total) * quantity
-                time.append((start, until, Fraction(cost * numerator, denominator * PENNY * total)))
+            if start < until and (each := divided(tiered_cost(price, total) * quantity * grains, total)):
+                _of(charges, line).time.append((start, until, each))
 
 
 def _totals(steps: list[tuple[Line, int, int, Price, int]]) -> list[tuple[int, int, int]]:
@@ -186,16 +203,15 @@ def _totals(steps: list[tuple[Line, int, int, Price, int]]) -> list[tuple[int, i
 # --- usage charges (3.3) --------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class _Used:
+class _Used(NamedTuple):
     """One line's usage in the month: what counts towards tiers and charges, by day."""
 
-    line: Line
+    live: Live
     remaining: dict[int, tuple[Price, int]]
 
 
-def _add_usage_charges(lines: list[Line], book: Book, month: int, charges: Mapping[str, MonthCharge]) -> None:
-    used = [_free_of_included(line, book, month, charges[line.ods_code]) for line in lines]
+def _add_usage_charges(live: Iterable[Live], book: Book, month: int, charges: Charges) -> None:
+    used = [_Used(each, _free_of_included(each, book, charges)) for each in live]
     by_day: dict[int, int] = {}
     for each in used:
         for day, (_, quantity) in each.remaining.items():
@@ -207,159 +223,177 @@ def _add_usage_charges(lines: list[Line], book: Book, month: int, charges: Mappi
         total += by_day[day]
     for each in used:
         exact = _usage_by_day(each, month, by_day, before, total)
-        _bound(each.line, book, month, exact)
-        charge = charges[each.line.ods_code]
+        _bound(each.live, month, exact)
         for day, amount in exact.items():
             if amount:
-                charge.add(day, amount)
+                _of(charges, each.live.line).add(day, amount)
 
 
-def _free_of_included(line: Line, book: Book, month: int, charge: MonthCharge) -> _Used:
+def _free_of_included(live: Live, book: Book, charges: Charges) -> dict[int, tuple[Price, int]]:
     """The month's usage that the line takes, less the included units, in day order."""
-    first, end = live_in(line, book, month)
+    line, first, end = live
     service = (line.item_id, line.ods_code)
     days = book.usage.get(service)
     remaining: dict[int, tuple[Price, int]] = {}
-    if first < end and days:
-        free = 0
-        sole = len(book.by_service[service]) == 1
-        for day in range(first, end):
+    if not days:
+        return remaining
+    free = 0
+    sole = len(book.by_service[service]) == 1
+    for low, high, price in line.price.pieces(first, end):
+        for day in range(low, high) if price.is_on_demand else ():
             quantity = days.get(day, 0)
-            if not quantity:
+            if not quantity or not (sole or book.takers(service, day)[0] is line):
                 continue
-            price = line.price.at(day)
-            if not price.is_on_demand or not (sole or book.takers(service, day)[0] is line):
-                continue
-            charge.quantity_micros += quantity
+            _of(charges, line).quantity_micros += quantity
             released = min(quantity, max(0, price.included_micros - free))
             free += released
             if quantity > released:
                 remaining[day] = (price, quantity - released)
-    return _Used(line, remaining)
+    return remaining
 
 
 def _usage_by_day(
     used: _Used, month: int, by_day: Mapping[int, int], before: Mapping[int, int], total: int
-) -> dict[int, Fraction]:
-    """The line's usage charge of each day before its bounds, in exact pence."""
-    exact: dict[int, Fraction] = {}
-    fixed = _last_single_fixed(used.line, month)
+) -> dict[int, Exact]:
+    """The line's usage charge of each day before its bounds."""
+    exact: dict[int, Exact] = {}
+    fixed = _last_single_fixed(used.live.line, month)
     for day, (price, quantity) in used.remaining.items():
         if price.is_flat:
-            exact[day] = Fraction(price.tiers[0].price_micros * quantity, PENNY)
+            exact[day] = price.tiers[0].price_micros * quantity * PARTS
         elif price.calculation == "volume":
-            exact[day] = Fraction(tier_price(price, total) * quantity, PENNY)
+            exact[day] = tier_price(price, total) * quantity * PARTS
         elif price.calculation == "single_fixed":
-            cost = tiered_cost(fixed or price, total)
-            exact[day] = Fraction(cost * quantity, PENNY * total)
+            exact[day] = divided(tiered_cost(fixed or price, total) * quantity * PARTS, total)
         else:
             stretch = stretch_cost(price, before[day], before[day] + by_day[day])
-            exact[day] = Fraction(stretch * quantity, PENNY * by_day[day])
+            exact[day] = divided(stretch * quantity * PARTS, by_day[day])
     return exact
 
 
 def _last_single_fixed(line: Line, month: int) -> Price | None:
     """The last of the line's prices in the month that is tiered single-fixed."""
     found = None
-    for _, _, price in line.price.pieces(first_day(month), last_day(month) + 1):
+    for _, _, price in line.price.pieces(first_day(month), first_day(month + 1)):
         if not price.is_flat and price.calculation == "single_fixed":
             found = price
     return found
 
 
-def _bound(line: Line, book: Book, month: int, exact: dict[int, Fraction]) -> None:
+def _bound(live: Live, month: int, exact: dict[int, Exact]) -> None:
     """Tops the month's usage charge up to its minimum, or cuts it to its maximum."""
-    first, end = live_in(line, book, month)
     days, least_micros, most_micros, bounded = 0, 0, 0, True
     on_demand: list[range] = []
-    for low, high, price in line.price.pieces(first, end) if first < end else ():
+    for low, high, price in live.line.price.pieces(live.first, live.end):
         if price.is_on_demand:
             days += high - low
             on_demand.append(range(low, high))
             least_micros += price.minimum_micros * (high - low)
             bounded = bounded and price.maximum_micros is not None
             most_micros += (price.maximum_micros or 0) * (high - low)
-    if not days:
+    if not days or not (least_micros or bounded):
         return
-    to_pence = days_in(month) * 10_000  # millionths of a pound a day of the month
-    charge = sum(exact.values(), ZERO)
-    least, most = Fraction(least_micros, to_pence), Fraction(most_micros, to_pence)
+    charge = sum(exact.values())
+    of_a_day = MICRO_GRAINS // days_in(month)
+    least, most = least_micros * of_a_day, most_micros * of_a_day
     if charge < least:
-        each = (least - charge) / days
+        each = divided(least - charge, days)
         for span in on_demand:
             for day in span:
-                exact[day] = exact.get(day, ZERO) + each
+                exact[day] = exact.get(day, 0) + each
     elif bounded and charge > most:
-        for day in exact:
-            exact[day] *= most / charge
+        for day, uncut in exact.items():
+            exact[day] = divided(uncut * most, charge)
 
 
 # --- one-offs and credits (3.5, 3.6) --------------------------------------------------------
 
 
-def _add_one_offs(lines: list[Line], book: Book, month: int, charges: Mapping[str, MonthCharge]) -> None:
-    for line in lines:
+def _add_one_offs(live: Collection[Live], book: Book, month: int, charges: Charges) -> None:
+    for line, first, end in live:
         day = line.m1
-        if day is None or month_of(day) != month or not _live_on(line, book, day):
+        if day is None or not first <= day < end:
             continue
         price, quantity = quantity_on(line, book, day)
         if not price.is_one_off:
             continue
         if price.is_flat:
-            exact = Fraction(price.tiers[0].price_micros * quantity, PENNY)
+            exact: Exact = price.tiers[0].price_micros * quantity * PARTS
         else:
             total = 0
-            for other in lines:
-                if _live_on(other, book, day):
+            for other, from_, to in live:
+                if from_ <= day < to:
                     other_price, other_quantity = quantity_on(other, book, day)
                     total += other_quantity if other_price.is_one_off else 0
-            exact = Fraction(tiered_cost(price, total) * quantity, PENNY * total) if total else ZERO
+            exact = divided(tiered_cost(price, total) * quantity * PARTS, total) if total else 0
         if exact:
-            charges[line.ods_code].add(day, exact)
-
-
-def _live_on(line: Line, book: Book, day: int) -> bool:
-    first, end = line.live(book.reference)
-    return first <= day < end
+            _of(charges, line).add(day, exact)
 
 
 def _subtract_credits(
-    order: Order, item_id: str, lines: list[Line], book: Book, month: int, charges: Mapping[str, MonthCharge]
+    order: Order, item_id: str, live: Iterable[Live], book: Book, month: int, charges: Charges
 ) -> None:
     for credit in order.credits:
         if credit.item_id != item_id or month_of(credit.day) != month:
             continue
-        exact = Fraction(credit.amount_micros, 10_000)
-        if credit.ods_code is not None:
-            if credit.ods_code in charges:
-                charges[credit.ods_code].add(credit.day, -exact)
-            continue
-        sharing = [line for line in lines if _live_on(line, book, credit.day)] or lines
+        exact = credit.amount_micros * MICRO_GRAINS
+        sharing = order.named(item_id, credit.ods_code)
+        if credit.ods_code is None:
+            sharing = [line for line, first, end in live if first <= credit.day < end] or sharing
         quantities = [quantity_on(line, book, credit.day)[1] for line in sharing]
         if not any(quantities):
             quantities = [1] * len(sharing)
-        total = sum(quantities)
         for line, quantity in zip(sharing, quantities, strict=True):
             if quantity:
-                charges[line.ods_code].add(credit.day, -exact * Fraction(quantity, total))
+                _of(charges, line).add(credit.day, -divided(exact * quantity, sum(quantities)))
 
 
 # --- a month --------------------------------------------------------------------------------
 
 
-def rate_month(order: Order, item_id: str, month: int, book: Book) -> dict[str, MonthCharge]:
-    """The month's charges of all of an order's lines for an item, by practice.
+def rate_months(
+    order: Order, item_id: str, months: Iterable[int], book: Book, lines: Iterable[Line] | None = None
+) -> Iterator[tuple[int, Charges]]:
+    """Each month's charges of an order's lines for an item, by practice; a line without any is not in them.
 
-    The lines are rated together because tiers count the order's total over its practices.
+    All of the item's lines, for tiers count the order's total over its practices; or only those
+    given, where they are not `rated_together`.
     """
-    lines = order.by_item.get(item_id, [])
-    charges = {line.ods_code: MonthCharge() for line in lines}
-    _add_time_charges(lines, book, month, charges)
-    if any(price.is_on_demand for line in lines for price in line.price.values):
-        _add_usage_charges(lines, book, month, charges)
-    _add_one_offs(lines, book, month, charges)
-    _subtract_credits(order, item_id, lines, book, month, charges)
-    return charges
+    if lines is None:
+        lines = order.by_item.get(item_id, [])
+    spans = [Live(line, *line.live(book.reference)) for line in lines]
+    metered = any(price.is_on_demand for line in lines for price in line.price.values)
+    delivered = any(price.is_one_off for line in lines for price in line.price.values)
+    for month in months:
+        start, after = first_day(month), first_day(month + 1)
+        live = [
+            span if span.first >= start and span.end <= after
+            else Live(span.line, max(span.first, start), min(span.end, after))
+            for span in spans if span.first < after and span.end > start
+        ]  # fmt: skip
+        charges: Charges = {}
+        _add_time_charges(live, book, month, charges)
+        if metered:
+            _add_usage_charges(live, book, month, charges)
+        if delivered:
+            _add_one_offs(live, book, month, charges)
+        _subtract_credits(order, item_id, live, book, month, charges)
+        yield month, charges
+
+
+def rate_month(order: Order, item_id: str, month: int, book: Book) -> Charges:
+    """One month's charges of all of an order's lines for an item, by practice."""
+    return dict(rate_months(order, item_id, [month], book))[month]
+
+
+def rated_together(order: Order, item_id: str) -> bool:
+    """Whether what is said of one of the item's lines may move the charges of the order's others.
+
+    So it is with a tiered price, which counts their total, and a credit that they share.
+    """
+    return any(credit.item_id == item_id and credit.ods_code is None for credit in order.credits) or any(
+        not price.is_flat for line in order.by_item.get(item_id, ()) for price in line.price.values
+    )
 
 
 def first_month(line: Line, book: Book) -> int | None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from typing import NamedTuple
 
-from rating.amounts import pounds_text
+from rating.amounts import Exact, pence, pounds_text
 from rating.book import Book, Line, LineKey
 from rating.calendar import last_day, month_text
-from rating.charges import ZERO, MonthCharge, first_month, rate_month
-from rating.funding import Group, coverage_of, groups, payer_order, sum_shares
+from rating.charges import first_month, rate_months
+from rating.funding import Group, charge_of, coverage_of, groups, payer_order, sum_shares
 from rating.rounding import Entitlement
 
 
@@ -40,70 +41,59 @@ class ChargeRow(NamedTuple):
 
 
 @dataclass(slots=True)
-class LineMonth:
-    """A line's exact charge in a month and how its waterfalls split it."""
-
-    charge: MonthCharge
-    groups: list[Group]
-
-    @property
-    def exact(self) -> Fraction:
-        """The month's charge in exact pence."""
-        return sum((group.charge for group in self.groups), ZERO)
-
-
-@dataclass(slots=True)
 class Derivation:
-    """What all lines have earned up to a period: pence by charge key, and exact pence by line and month."""
+    """What all lines have earned up to a period: pence by charge key, and the exact charge of each month."""
 
     payable: dict[ChargeKey, int] = field(default_factory=dict)
     held: dict[ChargeKey, int] = field(default_factory=dict)
-    exact: dict[tuple[LineKey, int], Fraction] = field(default_factory=dict)
-    wanted: dict[tuple[str, int], Fraction] = field(default_factory=dict)
+    charges: dict[LineKey, dict[int, Exact]] = field(default_factory=dict)
+    wanted: dict[tuple[str, int], Exact] = field(default_factory=dict)
+
+    @property
+    def exact(self) -> dict[tuple[LineKey, int], Fraction]:
+        """The exact charge by line and month, in pence."""
+        return {(line, month): pence(exact) for line, months in self.charges.items() for month, exact in months.items()}
 
 
-def rate_lines(book: Book, period: int) -> dict[Line, dict[int, LineMonth]]:
-    """Every month with a charge of every line, from its first day up to the period."""
-    rated: dict[LineKey, tuple[Line, dict[int, LineMonth]]] = {}
+def rate_lines(book: Book, period: int) -> Iterator[tuple[Line, int, list[Group]]]:
+    """Every month with a charge of every line, split by its waterfalls, from its first day up to the period.
+
+    The months of a line come in order.
+    """
     for order in book.orders.values():
         for item_id, lines in order.by_item.items():
+            of_practice = {line.ods_code: line for line in lines}
             starts = [month for line in lines if (month := first_month(line, book)) is not None]
-            for line in lines:
-                rated[line.key] = (line, {})
-            for month in range(min(starts), period + 1) if starts else ():
-                charges = rate_month(order, item_id, month, book)
-                for line in lines:
-                    charge = charges[line.ods_code]
-                    if charge.time or charge.days:
-                        split = groups(line, month, charge, book)
-                        if split:
-                            rated[line.key][1][month] = LineMonth(charge, split)
-    return dict(rated.values())
+            months = range(min(starts), period + 1) if starts else ()
+            for month, charges in rate_months(order, item_id, months, book):
+                for ods_code, charge in charges.items():
+                    line = of_practice[ods_code]
+                    if split := groups(line, month, charge, book):
+                        yield line, month, split
 
 
 def derive(book: Book, period: int) -> Derivation:
     """Derives every line from the book: pence by line, supplier, payer and month, up to the period."""
-    rated = rate_lines(book, period)
     derived = Derivation()
-    for months in rated.values():
-        for month, line_month in months.items():
-            for group in line_month.groups:
-                if group.wanted:
-                    key = (group.party, month)
-                    derived.wanted[key] = derived.wanted.get(key, ZERO) + group.wanted
+    rated: dict[Line, dict[int, list[Group]]] = {}
+    for line, month, split in rate_lines(book, period):
+        rated.setdefault(line, {})[month] = split
+        for group in split:
+            if group.wanted:
+                wanted = (group.party, month)
+                derived.wanted[wanted] = derived.wanted.get(wanted, 0) + group.wanted
     coverage = coverage_of(book.reference, derived.wanted)
     until = last_day(period)
     for line, months in rated.items():
         into = derived.payable if line.payable(until) else derived.held
+        supplier_id = line.order.header.supplier_id
         entitlement = Entitlement()
-        for month, line_month in sorted(months.items()):
-            derived.exact[line.key, month] = line_month.exact
-            shares = sum_shares(
-                group.settle(coverage(group.party, month) if group.wanted else ZERO) for group in line_month.groups
-            )
-            grown = entitlement.add_month(shares, payer_order(line, month))
-            for payer, pence in grown.items():
-                into[ChargeKey(*line.key, line.order.header.supplier_id, payer, month)] = pence
+        derived.charges[line.key] = {month: charge_of(split) for month, split in months.items()}
+        for month, split in months.items():
+            shares = sum_shares([group.settle(coverage(group.party, month)) for group in split])
+            grown = entitlement.add_month(shares, partial(payer_order, line, month))
+            for payer, difference in grown.items():
+                into[ChargeKey(*line.key, supplier_id, payer, month)] = difference
     return derived
 
 
@@ -133,9 +123,9 @@ def csv_rows(amounts: Mapping[ChargeKey, int], period: int) -> list[ChargeRow]:
             key.payer,
             month_text(key.month),
             "charge" if key.month == period else "adjustment",
-            pounds_text(pence),
+            pounds_text(amount),
         )
-        for key, pence in amounts.items()
+        for key, amount in amounts.items()
     ]
     return sorted(rows, key=lambda row: [column.encode() for column in row])
 

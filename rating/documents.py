@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any
 
 from rating.amounts import MICROS, micros_text, pounds_text, round_half_away
@@ -43,7 +42,7 @@ class Document:
         for key, pence in self.rows.items():
             rate = self.vat_rates_micros[key]
             net[rate] = net.get(rate, 0) + pence
-        return {rate: (sum_, round_half_away(Fraction(sum_ * rate, MICROS))) for rate, sum_ in net.items()}
+        return {rate: (sum_, round_half_away(sum_ * rate, MICROS)) for rate, sum_ in net.items()}
 
     @property
     def vat_pence(self) -> int:

@@ -2,79 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from fractions import Fraction
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
-from rating.amounts import MICROS, PENNY
+from rating.amounts import MICRO_GRAINS, MICROS, PARTS, Exact, divided, pence
 from rating.book import Book, Line, Reference
 from rating.calendar import days_in, financial_year, financial_year_months, first_day, last_day
-from rating.charges import ZERO, MonthCharge, quantity_pieces
+from rating.charges import MonthCharge, quantity_pieces
 from rating.records import ENGLAND, ORDERING_PARTY, Waterfall
 
 #: The fraction of what would draw on a party's allocation in a month that it covers.
-Coverage = Callable[[str, int], Fraction]
+Coverage = Callable[[str, int], Exact]
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(NamedTuple):
     """The charge of the month's days that share a waterfall, an ordering party and an acceptance.
 
     `taken` are the steps before the allocation, settled; `wanted` is what would draw on the
     allocation; `after` are the limits of the steps behind it; the rest is `rest_payer`'s.
-    All in exact pence.
     """
 
     party: str
-    charge: Fraction
-    taken: tuple[tuple[str, Fraction], ...]
+    charge: Exact
+    taken: tuple[tuple[str, Exact], ...]
     allocation_payer: str | None
-    wanted: Fraction
-    after: tuple[tuple[str, Fraction], ...]
+    wanted: Exact
+    after: tuple[tuple[str, Exact], ...]
     rest_payer: str
 
-    def settle(self, coverage: Fraction) -> dict[str, Fraction]:
+    def in_pence(self) -> Group:
+        """The same in exact pence, for other eyes than the rules'."""
+        return Group(
+            self.party,
+            pence(self.charge),
+            tuple((payer, pence(amount)) for payer, amount in self.taken),
+            self.allocation_payer,
+            pence(self.wanted),
+            tuple((payer, pence(limit)) for payer, limit in self.after),
+            self.rest_payer,
+        )
+
+    def settle(self, coverage: Exact) -> dict[str, Exact]:
         """What each payer takes when the allocation covers this fraction of what is wanted."""
-        shares: dict[str, Fraction] = {}
+        shares: dict[str, Exact] = {}
         remaining = self.charge
         for payer, amount in self.taken:
-            shares[payer] = shares.get(payer, ZERO) + amount
+            shares[payer] = shares.get(payer, 0) + amount
             remaining -= amount
         if self.allocation_payer is not None and self.wanted:
             drawn = self.wanted * coverage
-            shares[self.allocation_payer] = shares.get(self.allocation_payer, ZERO) + drawn
+            shares[self.allocation_payer] = shares.get(self.allocation_payer, 0) + drawn
             remaining -= drawn
         for payer, limit in self.after:
             amount = _limited(limit, remaining, self.charge)
-            shares[payer] = shares.get(payer, ZERO) + amount
+            shares[payer] = shares.get(payer, 0) + amount
             remaining -= amount
-        shares[self.rest_payer] = shares.get(self.rest_payer, ZERO) + remaining
+        if remaining:
+            shares[self.rest_payer] = shares.get(self.rest_payer, 0) + remaining
         return shares
 
 
-def _limited(limit: Fraction, remaining: Fraction, charge: Fraction) -> Fraction:
+def _limited(limit: Exact, remaining: Exact, charge: Exact) -> Exact:
     return min(limit, remaining) if charge >= 0 else max(limit, remaining)
 
 
 def groups(line: Line, month: int, charge: MonthCharge, book: Book) -> list[Group]:
     """The month's charge by waterfall, ordering party and acceptance, each group by itself (3.9)."""
-    start, end = first_day(month), last_day(month) + 1
-    spans: dict[tuple[Waterfall, str, bool], list[tuple[int, int]]] = {}
-    needs_acceptance = bool(book.reference.of(line.item_id).acceptances)
-    for low, high, waterfall in line.funding.pieces(start, end):
-        for first, until, party in line.order.party.pieces(low, high):
-            if not needs_acceptance:
-                spans.setdefault((waterfall, party, True), []).append((first, until))
-                continue
-            for day in range(first, until):
-                accepted = book.reference.accepted(line.item_id, day)
-                spans.setdefault((waterfall, party, accepted), []).append((day, day + 1))
+    spans = _spans(line, month, book)
+    if len(spans) == 1:
+        first, until, waterfall, party, accepted = spans[0]
+        exact = charge.total()
+        return [_group(line, month, waterfall, party, accepted, [(first, until)], exact, book)] if exact else []
+    days_of: dict[tuple[Waterfall, str, bool], list[tuple[int, int]]] = {}
+    for first, until, waterfall, party, accepted in spans:
+        days_of.setdefault((waterfall, party, accepted), []).append((first, until))
     found = []
-    for (waterfall, party, accepted), days in spans.items():
-        exact = sum((charge.between(first, until) for first, until in days), ZERO)
+    for (waterfall, party, accepted), days in days_of.items():
+        exact = sum(charge.between(first, until) for first, until in days)
         if exact:
             found.append(_group(line, month, waterfall, party, accepted, days, exact, book))
     return found
+
+
+def _spans(line: Line, month: int, book: Book) -> list[tuple[int, int, Waterfall, str, bool]]:
+    """The steps of the line's waterfall, ordering party and acceptance in the month (3.7)."""
+    reference, spans = book.reference, []
+    needs_acceptance = bool(reference.of(line.item_id).acceptances)
+    for low, high, waterfall in line.funding.pieces(first_day(month), first_day(month + 1)):
+        for first, until, party in line.order.party.pieces(low, high):
+            if needs_acceptance:
+                for day in range(first, until):
+                    spans.append((day, day + 1, waterfall, party, reference.accepted(line.item_id, day)))
+            else:
+                spans.append((first, until, waterfall, party, True))
+    return spans
 
 
 def _group(
@@ -84,24 +105,27 @@ def _group(
     party: str,
     accepted: bool,
     days: list[tuple[int, int]],
-    charge: Fraction,
+    charge: Exact,
     book: Book,
 ) -> Group:
-    before: list[tuple[str, Fraction]] = []
-    after: list[tuple[str, Fraction]] = []
-    remaining, wanted, allocation_payer = charge, ZERO, None
+    """The waterfall over the group's charge, step by step, each limited to what remains (3.9)."""
+    before: list[tuple[str, Exact]] = []
+    after: list[tuple[str, Exact]] = []
+    remaining: Exact = charge
+    wanted: Exact = 0
+    allocation_payer = None
     for step in waterfall[:-1] if accepted else ():
         payer = party if step.payer == ORDERING_PARTY else step.payer
         if step.take == "allocation":
             # Of a negative charge an allocation takes nothing.
-            allocation_payer, wanted = payer, max(remaining, ZERO)
+            allocation_payer, wanted = payer, max(remaining, 0)
             continue
         if step.take == "share":
-            limit = charge * Fraction(step.amount_micros, MICROS)
+            limit = divided(charge * step.amount_micros, MICROS)
         elif charge > 0:
             limit = _cap(line, month, step.amount_micros, days, book)
         else:
-            limit = ZERO
+            limit = 0
         if allocation_payer is None:
             amount = _limited(limit, remaining, charge)
             before.append((payer, amount))
@@ -112,7 +136,7 @@ def _group(
     return Group(party, charge, tuple(before), allocation_payer, wanted, tuple(after), rest)
 
 
-def _cap(line: Line, month: int, amount_micros: int, days: list[tuple[int, int]], book: Book) -> Fraction:
+def _cap(line: Line, month: int, amount_micros: int, days: list[tuple[int, int]], book: Book) -> int:
     """`per_patient_year`: amount x list size / 12 / days in the month, over the group's calendar days.
 
     Before the practice's first list size the ordered quantity of a line priced per patient stands
@@ -128,56 +152,55 @@ def _cap(line: Line, month: int, amount_micros: int, days: list[tuple[int, int]]
             for at, to, price, quantity in quantity_pieces(line, book, low, high):
                 if price.provisioning == "patient":
                     patient_day_micros += quantity * (to - at)
-    return Fraction(amount_micros * patient_day_micros, 12 * days_in(month) * PENNY)
+    return amount_micros * patient_day_micros * (PARTS // (12 * days_in(month)))
 
 
-def allocation_exact(reference: Reference, party: str, year: int) -> Fraction:
-    """An ordering party's allocation of a financial year, in exact pence; none: 0.
+def allocation_exact(reference: Reference, party: str, year: int) -> int:
+    """An ordering party's allocation of a financial year, in grains; none: 0.
 
     An amount for the party replaces the per-patient form.
     """
     own = reference.of(party).allocations.get((year, party))
     if own is not None:
-        return Fraction(own.amount_micros, 10_000)
+        return own.amount_micros * MICRO_GRAINS
     national = reference.of(ENGLAND).allocations.get((year, None))
     if national is None:
-        return ZERO
+        return 0
     patients = reference.patients_under(national.as_of).get(party, 0)
-    return Fraction(national.per_patient_micros * patients, 10_000)
+    return national.per_patient_micros * patients * MICRO_GRAINS
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """A party's month: what would draw, the fraction covered, and what is left after, in exact pence."""
+class Drawn(NamedTuple):
+    """A party's month: what would draw, the fraction of it covered, and what is left after."""
 
-    wanted: Fraction
-    coverage: Fraction
-    left: Fraction
+    wanted: Exact
+    coverage: Exact
+    left: Exact
 
 
-def draw_down(allocation: Fraction, wanted: Mapping[int, Fraction], year: int) -> dict[int, Drawn]:
+def draw_down(allocation: Exact, wanted: Mapping[int, Exact], year: int) -> dict[int, Drawn]:
     """A financial year's months in order; in the one in which it runs dry all get the same fraction."""
     drawn, left = {}, allocation
     for month in financial_year_months(year):
-        want = wanted.get(month, ZERO)
-        coverage = Fraction(1) if want <= left else left / want
-        left -= want * coverage
+        want = wanted.get(month, 0)
+        coverage: Exact = 1 if want <= left else divided(left, want)
+        left = left - want if want <= left else 0
         drawn[month] = Drawn(want, coverage, left)
     return drawn
 
 
-def coverage_of(reference: Reference, wanted: Mapping[tuple[str, int], Fraction]) -> Coverage:
+def coverage_of(reference: Reference, wanted: Mapping[tuple[str, int], Exact]) -> Coverage:
     """The fraction covered, by party and month, when `wanted` is all that would draw."""
-    years: dict[tuple[str, int], dict[int, Fraction]] = {}
+    years: dict[tuple[str, int], dict[int, Exact]] = {}
     for (party, month), amount in wanted.items():
         year = years.setdefault((party, financial_year(month)), {})
-        year[month] = year.get(month, ZERO) + amount
+        year[month] = amount
     drawn = {
         (party, month): each.coverage
         for (party, year), months in years.items()
         for month, each in draw_down(allocation_exact(reference, party, year), months, year).items()
     }
-    return lambda party, month: drawn[party, month]
+    return lambda party, month: drawn.get((party, month), 0)
 
 
 def payer_order(line: Line, month: int) -> list[str]:
@@ -187,10 +210,17 @@ def payer_order(line: Line, month: int) -> list[str]:
     return [party if step.payer == ORDERING_PARTY else step.payer for step in line.funding.at(day)]
 
 
-def sum_shares(parts: Iterable[Mapping[str, Fraction]]) -> dict[str, Fraction]:
+def charge_of(split: list[Group]) -> Exact:
+    """The month's exact charge."""
+    return split[0].charge if len(split) == 1 else sum(group.charge for group in split)
+
+
+def sum_shares(parts: Sequence[dict[str, Exact]]) -> dict[str, Exact]:
     """The payers' shares of several groups, added up."""
-    total: dict[str, Fraction] = {}
+    if len(parts) == 1:
+        return parts[0]
+    total: dict[str, Exact] = {}
     for part in parts:
         for payer, amount in part.items():
-            total[payer] = total.get(payer, ZERO) + amount
+            total[payer] = total.get(payer, 0) + amount
     return total

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Callable, Mapping, Sequence
 
-from rating.amounts import largest_remainder, round_half_away
-from rating.charges import ZERO
+from rating.amounts import GRAINS, Exact, largest_remainder, round_half_away, whole
 
 
 class Entitlement:
@@ -19,24 +17,27 @@ class Entitlement:
     __slots__ = ("exact", "payers_exact", "payers_pence")
 
     def __init__(self) -> None:
-        self.exact = ZERO
-        self.payers_exact: dict[str, Fraction] = {}
+        self.exact: Exact = 0
+        self.payers_exact: dict[str, Exact] = {}
         self.payers_pence: dict[str, int] = {}
 
-    def add_month(self, shares: Mapping[str, Fraction], ties: Sequence[str]) -> dict[str, int]:
+    def add_month(self, shares: Mapping[str, Exact], ties: Callable[[], Sequence[str]]) -> dict[str, int]:
         """Adds a month's exact shares; returns the pence that each payer's part grew by.
 
-        `ties` are the payers of the waterfall in force on the month's last day, in its order.
+        `ties` gives the payers of the waterfall in force on the month's last day, in its order.
         """
-        taking = {payer for payer, share in shares.items() if share}
+        if len(shares) == 1 and (shares.keys() == self.payers_exact.keys() or not self.payers_exact):
+            return self._add_all_to_one(*shares.items())
+        taking = [payer for payer, share in shares.items() if share]
         for payer in taking:
-            self.payers_exact[payer] = self.payers_exact.get(payer, ZERO) + shares[payer]
+            self.payers_exact[payer] = self.payers_exact.get(payer, 0) + shares[payer]
             self.exact += shares[payer]
-        earned = round_half_away(self.exact)
+        self.exact = whole(self.exact)
+        earned = round_half_away(self.exact, GRAINS)
         kept = sum(pence for payer, pence in self.payers_pence.items() if payer not in taking)
         rounded = self._round(taking, earned - kept, ties)
         if rounded is None:
-            rounded = self._round(set(self.payers_exact), earned, ties)
+            rounded = self._round(list(self.payers_exact), earned, ties)
         assert rounded is not None, "all payers together can always be rounded to the line's pence"
         grown = {}
         for payer, pence in rounded.items():
@@ -45,8 +46,17 @@ class Entitlement:
             self.payers_pence[payer] = pence
         return grown
 
-    def _round(self, payers: set[str], total: int, ties: Sequence[str]) -> dict[str, int] | None:
-        order = {payer: index for index, payer in reversed(list(enumerate(ties)))}
-        ranked = sorted(payers, key=lambda payer: (order.get(payer, len(ties)), payer.encode()))
-        pence = largest_remainder([self.payers_exact[payer] for payer in ranked], total)
-        return None if pence is None else dict(zip(ranked, pence, strict=True))
+    def _add_all_to_one(self, only: tuple[str, Exact]) -> dict[str, int]:
+        """The one payer that the line ever had takes all: nothing is left to share out."""
+        payer, share = only
+        self.exact = self.payers_exact[payer] = self.exact + share
+        earned, before = round_half_away(self.exact, GRAINS), self.payers_pence.get(payer, 0)
+        self.payers_pence[payer] = earned
+        return {payer: earned - before} if earned != before else {}
+
+    def _round(self, payers: list[str], total: int, ties: Callable[[], Sequence[str]]) -> dict[str, int] | None:
+        if len(payers) > 1:
+            order = {payer: index for index, payer in reversed(list(enumerate(ties())))}
+            payers = sorted(payers, key=lambda payer: (order.get(payer, len(order)), payer.encode()))
+        pence = largest_remainder([self.payers_exact[payer] for payer in payers], total, GRAINS)
+        return None if pence is None else dict(zip(payers, pence, strict=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 from rating.calendar import FOREVER, NEVER
@@ -42,14 +41,18 @@ class Timeline(Generic[Value]):
         """The value on a day."""
         return self.values[bisect_right(self.days, day) - 1]
 
-    def pieces(self, first: int, end: int) -> Iterator[tuple[int, int, Value]]:
+    def pieces(self, first: int, end: int) -> list[tuple[int, int, Value]]:
         """The steps inside `[first, end)`: (from, to, value), in order, covering all of it."""
-        index = bisect_right(self.days, first) - 1
+        days, values = self.days, self.values
+        index = bisect_right(days, first) - 1 if len(days) > 1 else 0
+        if index + 1 == len(days) or end <= days[index + 1]:
+            return [(first, end, values[index])] if first < end else []
+        found = []
         while first < end:
-            step_end = self.days[index + 1] if index + 1 < len(self.days) else FOREVER
-            until = min(step_end, end)
-            yield first, until, self.values[index]
+            until = min(days[index + 1], end) if index + 1 < len(days) else end
+            found.append((first, until, values[index]))
             first, index = until, index + 1
+        return found
 
 
 class Snapshots:
@@ -75,14 +78,20 @@ class Snapshots:
         index = bisect_right(self.days, day) - 1
         return self.patients[index] if index >= 0 else None
 
-    def pieces(self, first: int, end: int) -> Iterator[tuple[int, int, int | None]]:
+    def pieces(self, first: int, end: int) -> list[tuple[int, int, int | None]]:
         """The steps inside `[first, end)`: (from, to, patients or None before the first snapshot)."""
-        index = bisect_right(self.days, first) - 1
+        days, patients, found = self.days, self.patients, []
+        index = bisect_right(days, first) - 1
         while first < end:
-            step_end = self.days[index + 1] if index + 1 < len(self.days) else end
-            until = min(step_end, end)
-            yield first, until, self.patients[index] if index >= 0 else None
+            until = min(days[index + 1], end) if index + 1 < len(days) else end
+            found.append((first, until, patients[index] if index >= 0 else None))
             first, index = until, index + 1
+        return found
+
+    def next_after(self, day: int) -> int:
+        """The day of the first snapshot after a day; FOREVER when it is the last."""
+        index = bisect_right(self.days, day)
+        return self.days[index] if index < len(self.days) else FOREVER
 
 
 class Intervals:

@@ -15,7 +15,6 @@ from sinks.positions import Positions
 
 #: Enough digits for any sum of money here, with 18 places.
 _EXACT = Context(prec=100)
-_PLACES = Decimal(1).scaleb(-18)
 
 _ACCRUAL_COLUMNS = (
     "order_number", "item_id", "ods_code", "month", "version", "charge_partition", "supplier_id",
@@ -27,7 +26,9 @@ _ACCRUAL_COLUMNS = (
 
 def decimal(exact: Fraction) -> Decimal:
     """Exact pence to 18 places, for display and sums in SQL."""
-    return _EXACT.divide(Decimal(exact.numerator), Decimal(exact.denominator)).quantize(_PLACES, context=_EXACT)
+    places, rest = divmod(exact.numerator * 10**18, exact.denominator)
+    above = 2 * rest - exact.denominator
+    return Decimal(places + (above > 0 or (above == 0 and places % 2))).scaleb(-18, _EXACT)
 
 
 def fraction_text(exact: Fraction) -> str:

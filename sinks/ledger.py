@@ -164,6 +164,16 @@ class Ledger:
         place = "concat(topic, '/', toString(partition))"
         return _by_service(self._totals(at_cut(place), cut_parameters(generation, cut)))
 
+    def same_usage(self, generation: int, positions: Positions, cut: Positions) -> bool:
+        """Whether positions in usage-accepted and a cut of the input topics take in the same usage."""
+        accepted = at_cut(f"concat('{USAGE_ACCEPTED}/', toString(accepted_partition))", "accepted_offset")
+        said = at_cut("concat(topic, '/', toString(partition))")
+        rows = self._clickhouse.query(
+            f"SELECT 1 FROM usage WHERE {accepted} != {said} LIMIT 1",  # noqa: S608  # two conditions of ours
+            cut_parameters(generation, {**positions, **cut}),
+        )
+        return not rows
+
     def _totals(self, condition: str, parameters: dict[str, Any]) -> Iterable[tuple[str, str, int, int]]:
         statement = _STANDING_TOTALS.format(condition=condition)
         for ods_code, item_id, day, quantity, _ in self._clickhouse.query(statement, parameters):

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from fractions import Fraction
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -25,6 +24,7 @@ from agents.intake import Intake
 from agents.period_close import PeriodClose
 from agents.reference import Reference
 from agents.usage import Usage
+from rating.amounts import Exact, pence
 from rating.book import Book
 from rating.calendar import financial_year, parse_month
 from rating.close import csv_rows, derive
@@ -448,21 +448,25 @@ class World:
                 expected = {key: each for key, each in standing.items() if key[1] in totals.practices}
                 same("day totals in the usage agent's memory", cached, expected)
 
-    def _check_drawn(self, book: Book, wanted: dict[tuple[str, int], Fraction]) -> None:
+    def _check_drawn(self, book: Book, wanted: dict[tuple[str, int], Exact]) -> None:
         found = {
             (party, month): (allocation, total, coverage)
             for party, month, allocation, total, coverage in self.clickhouse.query(
                 "SELECT ordering_party, month, allocation_pence, wanted_pence, coverage FROM allocations_drawn FINAL"
             )
         }
-        by_year: dict[tuple[str, int], dict[int, Fraction]] = {}
+        by_year: dict[tuple[str, int], dict[int, Exact]] = {}
         for (party, month), amount in wanted.items():
             by_year.setdefault((party, financial_year(month)), {})[month] = amount
         for (party, year), months in by_year.items():
             allocation = allocation_exact(book.reference, party, year)
             for month, drawn in draw_down(allocation, months, year).items():
                 if months.get(month):
-                    row = (decimal(allocation), decimal(drawn.wanted), fraction_text(drawn.coverage))
+                    row = (
+                        decimal(pence(allocation)),
+                        decimal(pence(drawn.wanted)),
+                        fraction_text(drawn.coverage),
+                    )
                     assert found.pop((party, month)) == row, f"drawn of {party} in {month}"
         rest = {key: row for key, row in found.items() if row[1] != Decimal(0)}
         assert rest == {}, "allocations drawn by what wants nothing"

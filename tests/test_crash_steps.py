@@ -28,6 +28,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from rating.calendar import month_text, parse_month
+from sinks.claims import ClaimsUnavailable
 from streams.batch import Batch
 from streams.topics import CHARGE_INPUTS, PERIOD_EVENTS, partition_for
 from tests.crash_world import AGENTS, World
@@ -442,6 +443,11 @@ def test_redis_goes_away(stack: EmbeddedStack, new_world: NewWorld, away: str) -
         for line in [*first, *(line for line in lines if "close" not in line)]:
             world.say(line)
         world.drain(["intake"], 3)
+        if away == "killed":
+            # Usage waits: what it kept without claims would let its copies pass as new.
+            with pytest.raises(ClaimsUnavailable):
+                world.drain(AT_WORK, 3)
+            stack.restart("redis")
         for place in world.places("usage"):
             if world.waiting("usage", place):
                 world.crash("usage", world.batch(place, world.committed.get(("usage", place), 0), 4), 2)

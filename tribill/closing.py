@@ -32,12 +32,13 @@ class Closed:
     net_pence: int
     held_pence: int
     drift: str
+    notice: str
 
     def summary(self) -> str:
         """One line for a person."""
         return (
             f"{self.period} closed: {self.documents} documents, net {pounds_text(self.net_pence)}, "
-            f"held {pounds_text(self.held_pence)}, drift {self.drift}"
+            f"held {pounds_text(self.held_pence)}, drift {self.drift}" + (f"; {self.notice}" if self.notice else "")
         )
 
 
@@ -68,9 +69,9 @@ def close_and_wait(settings: Settings, period: str, say: Callable[[str], None], 
             say(waits)
             said = waits
         time.sleep(_POLL_SECONDS)
-    row = clickhouse.query(
+    [(count, net, held, drift)] = clickhouse.query(
         "SELECT documents, net_pence, held_pence, toString(round(drift_pence, 2)) FROM periods FINAL"
         " WHERE period = {period:String}",
         {"period": period},
-    )[0]
-    return Closed(period, *row)
+    )
+    return Closed(period, count, net, held, drift, notice=answer[1])
