@@ -262,7 +262,7 @@ def test_usage_counts_on_its_london_day() -> None:
     """3.3: quantity x price of the day, where the line is live; what comes before waits in suspense."""
     world = metered(flat(17_000, "none", "on_demand"), {"2026-03-31": 5, "2026-04-01": 100, "2026-04-30": 200})
     assert world.charge("2026-04") == Fraction(300 * 17, 10)
-    assert world.book().suspense() == {(ITEM, PRACTICE, day("2026-03-31")): 5 * MICROS}
+    assert world.book().untaken() == ({(ITEM, PRACTICE): 5 * MICROS}, {})
 
 
 def test_included_minimum_and_maximum() -> None:
