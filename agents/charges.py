@@ -244,11 +244,11 @@ class Charges(Agent):
     # --- step 2: rating ---
 
     def _horizon(self) -> int:
-        """The month after this one, or the setting if later: accruals are written ahead to its end."""
+        """The month to whose end accruals are written ahead: the one after today's, or the setting."""
+        if setting := self._context.settings.horizon_month:
+            return parse_month(setting)
         now = datetime.now(UTC).astimezone(LONDON)
-        ahead = now.year * 12 + now.month
-        setting = self._context.settings.horizon_month
-        return max(ahead, parse_month(setting)) if setting else ahead
+        return now.year * 12 + now.month
 
     def _flush(self, state: State, partition: int) -> None:
         horizon = self._horizon()

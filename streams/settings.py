@@ -46,7 +46,7 @@ class Settings:
     claim_window_days: int = 45
     #: Usage is refused when it lies more than a day after its arrival, or after this instant if later.
     arrival_floor: str = ""
-    #: Accruals are written ahead to the end of the month after this one, if later than today's.
+    #: Accruals are written ahead to the end of this month, not of the one after today's (a replay, a demonstration).
     horizon_month: str = ""
     #: `tribill run` replays a file and may close a period that has not ended.
     close_any_period: bool = False
