@@ -48,6 +48,8 @@ class Settings:
     arrival_floor: str = ""
     #: Accruals are written ahead to the end of this month, not of the one after today's (a replay, a demonstration).
     horizon_month: str = ""
+    #: The page takes the latest instant of usage for now: a demonstration of the past in fast motion.
+    replay_clock: bool = False
     #: `tribill run` replays a file and may close a period that has not ended.
     close_any_period: bool = False
     #: At most so many records are handed to an agent at once.

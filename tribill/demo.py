@@ -432,7 +432,13 @@ def demo(
     """Runs the demonstration; with `stay` the page stays up until Ctrl-C."""
     started = time.monotonic()
     settings = Settings.load(
-        None, {}, session_timeout_seconds=6, claim_window_days=20_000, supplier_topics=ACCURX, horizon_month="2021-03"
+        None,
+        {},
+        session_timeout_seconds=6,
+        claim_window_days=20_000,
+        supplier_topics=ACCURX,
+        horizon_month="2021-03",
+        replay_clock=True,
     )
     with ExitStack() as stack:
         try:

@@ -70,12 +70,18 @@ class Pictures:
         self._queries = queries
         self._generation = settings.log_generation
         self._floor = settings.arrival_floor_at
+        self._replay_clock = settings.replay_clock
         self._parts: OrderedDict[Hashable, _Part[Any]] = OrderedDict()
         self._spent = 0.0
 
     def now(self) -> datetime:
-        """Now; in a replay, which may play ahead of the calendar, the end of what it replays if later."""
+        """Now; in a replay, which may play ahead of the calendar, the end of what it replays if later.
+
+        In a demonstration of the past it is the latest instant of usage.
+        """
         now = datetime.now(UTC)
+        if self._replay_clock and (latest := self._queries.latest_usage()) is not None:
+            return latest
         return now if self._floor is None else max(now, self._floor)
 
     def _part(self, name: Hashable, token: Hashable, compute: Callable[[], Value]) -> Value:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any
 
@@ -118,6 +118,11 @@ class Queries:
     def ping(self) -> None:
         """Returns when the ledger answers."""
         self._rows("SELECT 1")
+
+    def latest_usage(self) -> datetime | None:
+        """The latest instant of usage in the ledger."""
+        count, latest = self._rows("SELECT count(), max(occurred_at) FROM usage")[0]
+        return latest.replace(tzinfo=UTC) if count else None
 
     def tokens(self) -> Tokens:
         """See Tokens.  Counts alone would do but for a row that replaces one just merged away."""
