@@ -257,7 +257,7 @@ def _usage_by_day(
 ) -> dict[int, Exact]:
     """The line's usage charge of each day before its bounds."""
     exact: dict[int, Exact] = {}
-    fixed = _last_single_fixed(used.live.line, month)
+    fixed = _last_single_fixed(used.live)
     for day, (price, quantity) in used.remaining.items():
         if price.is_flat:
             exact[day] = price.tiers[0].price_micros * quantity * PARTS
@@ -271,10 +271,10 @@ def _usage_by_day(
     return exact
 
 
-def _last_single_fixed(line: Line, month: int) -> Price | None:
-    """The last of the line's prices in the month that is tiered single-fixed."""
+def _last_single_fixed(live: Live) -> Price | None:
+    """The last of the line's prices on its live days of the month that is tiered single-fixed."""
     found = None
-    for _, _, price in line.price.pieces(first_day(month), first_day(month + 1)):
+    for _, _, price in live.line.price.pieces(live.first, live.end):
         if not price.is_flat and price.calculation == "single_fixed":
             found = price
     return found
