@@ -280,7 +280,7 @@ def close(context: click.Context, period: str | None, previous: bool, out: Path 
     type=_FILE,
     help="Refuse practices that this file (ods_code in its first column) does not have.",
 )
-@click.option("--keep-partial", is_flag=True, help="Publish what is good of an order file that has problems.")
+@click.option("--whole", is_flag=True, help="Hold an order file with a bad row back: an order is placed once.")
 @click.pass_context
 def import_files(
     context: click.Context,
@@ -288,7 +288,7 @@ def import_files(
     files: Sequence[Path],
     target: Path | None,
     known: Path | None,
-    keep_partial: bool,
+    whole: bool,
 ) -> None:
     """Read real files of a KIND and publish what they say.
 
@@ -299,8 +299,7 @@ def import_files(
     allocations  ordering_party,financial_year,amount or financial_year,per_patient,as_of
 
     A bad row is reported with file, line, field and reason and stops nothing but itself; the exit
-    status is 1 then.  An order is placed once, so an order file with a bad row is held back unless
-    --keep-partial is given.
+    status is 1 then.  A line left out of an order comes with a later revision of it.
     """
     from tribill.importing import import_all
 
@@ -308,7 +307,7 @@ def import_files(
     if target is None:
         _require(settings, "kafka", "clickhouse")
     try:
-        published, problems = import_all(kind, files, settings, target, known, keep_partial, say)
+        published, problems = import_all(kind, files, settings, target, known, whole, say)
     except (OSError, ValueError) as error:
         raise _Failure(str(error)) from None
     click.echo(f"{published} records {'published' if target is None else f'written to {target}'}, {problems} problems")

@@ -21,13 +21,13 @@ def import_all(
     settings: Settings,
     target: Path | None,
     known: Path | None,
-    keep_partial: bool,
+    whole: bool,
     say: Callable[[str], None],
 ) -> tuple[int, int]:
     """Imports the files; returns how many records were published (or written) and how many rows were bad.
 
-    `known` names a file of the practices that exist.  An order is placed once, so a file of orders
-    with a bad row is held back unless `keep_partial`.
+    `known` names a file of the practices that exist.  With `whole` a file of orders with a bad row is
+    held back, because an order is placed once.
     """
     practices = _first_column(known) if known is not None else None
     recorded_at = datetime.now(UTC)
@@ -56,8 +56,8 @@ def import_all(
                     published += 1
                     if published % 100_000 == 0:
                         say(f"{published} records")
-            if bad and held and not keep_partial:
-                say(f"{path}: held back because of {bad} bad rows; mend it, or give --keep-partial")
+            if bad and held and whole:
+                say(f"{path}: held back because of {bad} bad rows")
             else:
                 for record in held:
                     send(record)
