@@ -1,0 +1,57 @@
+"""`tribill import`: a bad row is reported and stops nothing but itself; the exit status tells."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from tribill.cli import cli
+
+HEADER = (
+    "Call Off Agreement ID,Call Off Ordering Party ID,Call Off Ordering Party Name,Call Off Commencement Date,"
+    "Service Recipient ID,Service Recipient Name,Service Recipient Item ID,Supplier ID,Supplier Name,Product ID,"
+    "Product Name,Product Type,Quantity Ordered,Unit of Order,Unit Time,Estimation Period,Price,Order Type,"
+    "Funding Type,M1 planned (Delivery Date),Actual M1 date,Buyer verification date (M2),Cease Date"
+)
+ROW = (
+    "C010001-01,16C,NHS Tees Valley,01/04/2026,{ods_code},SURGERY,1,10000,EMIS,10000-001,Emis Web GP,"
+    "Catalogue Solution,{quantity},per patient,per year,,1.26,1,Central,01/04/2026,,,"
+)
+
+
+def order_file(folder: Path) -> Path:
+    """An order of two practices, of which one row is bad."""
+    rows = [HEADER, ROW.format(ods_code="A81001", quantity="4075"), ROW.format(ods_code="A81002", quantity="4o75")]
+    path = folder / "C010001-01_16C_Full.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + "".join(row + "\r\n" for row in rows).encode())
+    return path
+
+
+def test_a_bad_row_stops_nothing_but_itself(tmp_path: Path) -> None:
+    """The order goes on with its good line; file, line, field and value are named; the status is 1."""
+    path, target = order_file(tmp_path), tmp_path / "out.jsonl"
+    done = CliRunner().invoke(cli, ["import", "orders", str(path), "--to", str(target)])
+    assert done.exit_code == 1
+    assert f"{path}:3: Quantity Ordered '4o75'" in done.output
+    (record,) = [json.loads(line) for line in target.read_text().splitlines()]
+    lines = record["value"]["change"]["OrderPlaced"]["lines"]
+    assert [line["ods_code"] for line in lines] == ["A81001"]
+
+
+def test_an_order_may_be_held_back_whole(tmp_path: Path) -> None:
+    """With --whole nothing of a file with a bad row is sent: an order is placed once."""
+    path, target = order_file(tmp_path), tmp_path / "out.jsonl"
+    done = CliRunner().invoke(cli, ["import", "orders", str(path), "--to", str(target), "--whole"])
+    assert done.exit_code == 1
+    assert target.read_text() == ""
+
+
+def test_list_sizes_are_written(tmp_path: Path) -> None:
+    """A clean file ends with status 0."""
+    source, target = tmp_path / "sizes.csv", tmp_path / "out.jsonl"
+    source.write_text("ods_code,as_of,patients\nA81001,2021-01-01,3975\n")
+    done = CliRunner().invoke(cli, ["import", "list-sizes", str(source), "--to", str(target)])
+    assert done.exit_code == 0, done.output
+    assert json.loads(target.read_text())["value"]["change"]["ListSize"]["patients"] == 3975
