@@ -254,7 +254,6 @@ class Charges(Agent):
         horizon = self._horizon()
         book = self._book(state)
         rows: list[AccrualRow] = []
-        dropped: list[tuple[LineKey, int, frozenset[str]]] = []
         for order, item_id, lines, months in touched(state, book, horizon):
             if partition_for(item_id, self._partitions) == partition:
                 for month, charges in rate_months(order, item_id, months, book, lines):
@@ -262,18 +261,17 @@ class Charges(Agent):
                         self._accrue(line, month, charges.get(line.ods_code), book, state, rows)
         for key in self._vanished(state, book):
             for month, (_, parties) in state.written.pop(key).items():
-                dropped.append((key, month, parties))
+                rows.append(_nothing(key, month, parties))
         state.said_of_orders.clear()
         state.said_of_lines.clear()
         state.said_of_codes.clear()
         state.list_sizes.clear()
         state.used.clear()
         state.horizon = horizon
-        rows += [_nothing(key, month) for key, month, _ in dropped]
         now = version(self._generation, state.offset)
         self._accruals.insert(rows, now, partition)
         self._accruals.insert_positions(partition, self._generation, state.offset, state.positions, horizon)
-        self._publish(rows, dropped, state, partition, now)
+        self._publish(rows, state, partition, now)
 
     def _vanished(self, state: State, book: Book) -> list[LineKey]:
         """Lines with rows that their order no longer has."""
@@ -317,33 +315,28 @@ class Charges(Agent):
     def _publish(
         self,
         rows: Iterable[AccrualRow],
-        dropped: Iterable[tuple[LineKey, int, frozenset[str]]],
         state: State,
         partition: int,
         now: int,
     ) -> None:
         wanted: dict[int, list[dict[str, Any]]] = {}
-
-        def want(line: LineKey, month: int, party: str, exact: str) -> None:
-            wanted.setdefault(partition_for(party, self._partitions), []).append(
-                {
-                    "order_number": line[0],
-                    "item_id": line[1],
-                    "ods_code": line[2],
-                    "ordering_party": party,
-                    "month": month,
-                    "exact_pence": exact,
-                }
-            )
-
         for row in rows:
+            order_number, item_id, ods_code = row.line
             for party, exact in row.wanted:
-                want(row.line, row.month, party, fraction_text(exact))
+                entry = {
+                    "order_number": order_number,
+                    "item_id": item_id,
+                    "ods_code": ods_code,
+                    "ordering_party": party,
+                    "month": row.month,
+                    "exact_pence": fraction_text(exact),
+                }
+                wanted.setdefault(partition_for(party, self._partitions), []).append(entry)
             shown = month_text(row.month)
             value = {
-                "order_number": row.line[0],
-                "item_id": row.line[1],
-                "ods_code": row.line[2],
+                "order_number": order_number,
+                "item_id": item_id,
+                "ods_code": ods_code,
                 "month": shown,
                 "supplier_id": row.supplier_id,
                 "exact_pence": fraction_text(row.exact),
@@ -355,9 +348,6 @@ class Charges(Agent):
                 self._context.codec.encode("Accrual", value),
                 key="/".join((*row.line, shown)),
             )
-        for key, month, parties in dropped:
-            for party in parties:
-                want(key, month, party, "0")
         source = {
             "generation": self._generation,
             "topic": CHARGE_INPUTS,
@@ -459,12 +449,14 @@ def accrual_row(line: Line, month: int, charge: MonthCharge, book: Book) -> Accr
         one_off=line.is_one_off,
         exact=pence(charge_of(split)),
         quantity_micros=charge.quantity_micros,
-        time=tuple((day(first), day(end), pence(each)) for first, end, each in charge.time),
-        days=tuple((day(each), pence(exact)) for each, exact in sorted(charge.days.items())),
+        time=tuple([(day(first), day(end), pence(each)) for first, end, each in charge.time]),
+        days=tuple([(day(each), pence(exact)) for each, exact in sorted(charge.days.items())]),
         groups=_JSON.encode([group_json(group.in_pence()) for group in split]),
-        wanted=tuple((party, pence(exact)) for party, exact in sorted(wanted.items())),
+        wanted=tuple([(party, pence(exact)) for party, exact in sorted(wanted.items())]),
     )
 
 
-def _nothing(key: LineKey, month: int) -> AccrualRow:
-    return AccrualRow(key, month, "", None, False, Fraction(0), 0, (), (), "[]", ())
+def _nothing(key: LineKey, month: int, parties: Iterable[str]) -> AccrualRow:
+    """The row of a line that is gone.  It names what it wanted of, as zero: after a crash it is said again."""
+    wanted = tuple((party, Fraction(0)) for party in sorted(parties))
+    return AccrualRow(key, month, "", None, False, Fraction(0), 0, (), (), "[]", wanted)

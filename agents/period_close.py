@@ -17,8 +17,10 @@ The order of steps for a close, each of which can be repeated with the same resu
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
 from fractions import Fraction
@@ -266,7 +268,8 @@ class PeriodClose(Agent):
             raise
         self._answer(text, record, "waiting", "all is applied; the lines are being derived")
         book = self._book_at_cut(cut)
-        derived = derive(book, period)
+        with collector_paused():
+            derived = derive(book, period)
         drift = self._drift(period, derived, cut)
         rows, held = invoice(derived, self._documents.invoiced_before(period), period)
         rates = self._documents.vat_rates_before(period)
@@ -352,7 +355,21 @@ class PeriodClose(Agent):
         """What the ledger gives at positions that the accruals count."""
         usage = self._context.ledger.totals_accepted(self._generation, counted)
         book = self._book(self._generation, counted, usage)
-        return {(line.key, month): pence(charge_of(split)) for line, month, split in rate_lines(book, period)}
+        return {
+            (line.key, month): pence(charge_of(split))
+            for line, months in rate_lines(book, period)
+            for month, split in months.items()
+        }
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """A derivation makes millions of objects and no cycles; the collector would look at all of them many times."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _notice(book: Book) -> str:

@@ -2,7 +2,8 @@
 
 `python -m bench.rating [--lines 75000] [--months 12]` builds a book from a seed and measures
 
-(a) `derive`: every month of every line from its first day, funded, drawn down and rounded; and
+(a) `derive`, as a close does it: every month of every line from its first day, funded, drawn down
+    and rounded; and
 (b) what the charges agent rates after the list sizes of a month were published for all practices,
     in the middle of that month: the lines they move, in that month and the next, as accrual rows.
 
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from agents.charges import State, accrual_row, touched
+from agents.period_close import collector_paused
 from rating import records as said
 from rating.book import Book, Line, Order, Reference
 from rating.calendar import FOREVER, first_day, last_day, month_text, parse_month
@@ -254,7 +256,7 @@ def main() -> None:
     print(f"book built in {built.wall:.1f} s, {book_mib} MiB")
     last = world.months[-1]
 
-    with timed() as year:
+    with timed() as year, collector_paused():
         derived = derive(book, last)
     derive_mib = peak_mib()
     line_months = sum(map(len, derived.charges.values()))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
 from math import lcm
 
 MICROS = 1_000_000
@@ -81,7 +82,8 @@ def divided(exact: Exact, by: Exact) -> Exact:
     >>> divided(6, 3), divided(1, 3)
     (2, Fraction(1, 3))
     """
-    return whole(Fraction(exact, by)) if exact % by else exact // by
+    quotient, rest = divmod(exact, by)
+    return Fraction(exact, by) if rest else quotient
 
 
 def whole(exact: Exact) -> Exact:
@@ -89,6 +91,7 @@ def whole(exact: Exact) -> Exact:
     return exact.numerator if exact.denominator == 1 else exact
 
 
+@lru_cache(maxsize=65_536)
 def pence(exact: Exact) -> Fraction:
     """Grains as pence, still exact, for other eyes than the rules'.
 

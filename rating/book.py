@@ -323,11 +323,10 @@ class Book:
 
     def takers(self, service: Service, day: int) -> list[Line]:
         """The lines live on the day at an on-demand price; the first, of the lowest order, takes it (3.3)."""
-        return [
-            line
-            for line in self.by_service.get(service, [])
-            if line.live(self.reference)[0] <= day < line.live(self.reference)[1] and line.price.at(day).is_on_demand
-        ]
+        return _takers(self._live(service), day)
+
+    def _live(self, service: Service) -> list[tuple[Line, int, int]]:
+        return [(line, *line.live(self.reference)) for line in self.by_service.get(service, [])]
 
     def untaken(self) -> tuple[dict[Service, int], dict[Service, list[str]]]:
         """Usage in suspense, and overlaps (3.3).
@@ -338,12 +337,17 @@ class Book:
         suspense: dict[Service, int] = {}
         overlaps: dict[Service, list[str]] = {}
         for service, days in self.usage.items():
+            live = self._live(service)
             for day, quantity in days.items():
                 if not quantity:
                     continue
-                takers = self.takers(service, day)
+                takers = _takers(live, day)
                 if not takers:
                     suspense[service] = suspense.get(service, 0) + quantity
                 elif len(takers) > 1:
                     overlaps[service] = [line.order.number for line in takers]
         return suspense, overlaps
+
+
+def _takers(live: list[tuple[Line, int, int]], day: int) -> list[Line]:
+    return [line for line, first, end in live if first <= day < end and line.price.at(day).is_on_demand]

@@ -48,20 +48,13 @@ class MonthCharge:
 
     def total(self) -> Exact:
         """The charge of the whole month."""
-        total: Exact = sum(self.days.values())
-        for start, until, each in self.time:
-            total += each * (until - start)
-        return total
+        charges = [each * (until - start) for start, until, each in self.time]
+        charges += self.days.values()
+        return charges[0] if len(charges) == 1 else sum(charges)
 
 
-class Live(NamedTuple):
-    """A line with its live days `[first, end)` within a month."""
-
-    line: Line
-    first: int
-    end: int
-
-
+#: A line with its live days `[first, end)`, of all time or within a month.
+Live = tuple[Line, int, int]
 #: The charges of a month, by practice; a line without any is not in it.
 Charges = dict[str, MonthCharge]
 
@@ -163,23 +156,29 @@ def quantity_on(line: Line, book: Book, day: int) -> tuple[Price, int]:
     raise AssertionError("every day has a price and a quantity")
 
 
-def _add_time_charges(live: Iterable[Live], book: Book, month: int, charges: Charges) -> None:
-    steps: list[tuple[Line, int, int, Price, int]] = []
-    tiered = False
+def _add_flat_charges(live: Iterable[Live], book: Book, month: int, charges: Charges) -> None:
+    """The time charges of lines that have had flat prices only: each by itself."""
     for line, first, end in live:
-        for low, high, price, quantity in quantity_pieces(line, book, first, end):
-            if price.is_time:
-                steps.append((line, low, high, price, quantity))
-                tiered = tiered or not price.is_flat
-    totals = _totals(steps) if tiered else []
+        time: list[tuple[int, int, Exact]] = [
+            (low, high, price.tiers[0].price_micros * quantity * day_grains(price.time_unit, price.day_count, month))
+            for low, high, price, quantity in quantity_pieces(line, book, first, end)
+            if quantity and price.is_time and price.tiers[0].price_micros
+        ]
+        if time:
+            _of(charges, line).time = time
+
+
+def _add_tiered_charges(live: Iterable[Live], book: Book, month: int, charges: Charges) -> None:
+    """The time charges of lines of which some are tiered: by the order's total of the day."""
+    steps = [
+        (line, low, high, price, quantity)
+        for line, first, end in live
+        for low, high, price, quantity in quantity_pieces(line, book, first, end)
+        if quantity and price.is_time
+    ]
+    totals = _totals(steps)
     for line, low, high, price, quantity in steps:
-        if not quantity:
-            continue
         grains = day_grains(price.time_unit, price.day_count, month)
-        if price.is_flat:
-            if cost := price.tiers[0].price_micros * quantity:
-                _of(charges, line).time.append((low, high, cost * grains))
-            continue
         for low_total, high_total, total in totals:
             start, until = max(low_total, low), min(high_total, high)
             if start < until and (each := divided(tiered_cost(price, total) * quantity * grains, total)):
@@ -224,9 +223,8 @@ def _add_usage_charges(live: Iterable[Live], book: Book, month: int, charges: Ch
     for each in used:
         exact = _usage_by_day(each, month, by_day, before, total)
         _bound(each.live, month, exact)
-        for day, amount in exact.items():
-            if amount:
-                _of(charges, each.live.line).add(day, amount)
+        if exact:
+            _of(charges, each.live[0]).days = {day: amount for day, amount in exact.items() if amount}
 
 
 def _free_of_included(live: Live, book: Book, charges: Charges) -> dict[int, tuple[Price, int]]:
@@ -237,18 +235,20 @@ def _free_of_included(live: Live, book: Book, charges: Charges) -> dict[int, tup
     remaining: dict[int, tuple[Price, int]] = {}
     if not days:
         return remaining
-    free = 0
+    free = taken = 0
     sole = len(book.by_service[service]) == 1
     for low, high, price in line.price.pieces(first, end):
         for day in range(low, high) if price.is_on_demand else ():
             quantity = days.get(day, 0)
             if not quantity or not (sole or book.takers(service, day)[0] is line):
                 continue
-            _of(charges, line).quantity_micros += quantity
-            released = min(quantity, max(0, price.included_micros - free))
+            taken += quantity
+            released = min(quantity, max(0, price.included_micros - free)) if price.included_micros else 0
             free += released
             if quantity > released:
                 remaining[day] = (price, quantity - released)
+    if taken:
+        _of(charges, line).quantity_micros = taken
     return remaining
 
 
@@ -274,7 +274,8 @@ def _usage_by_day(
 def _last_single_fixed(live: Live) -> Price | None:
     """The last of the line's prices on its live days of the month that is tiered single-fixed."""
     found = None
-    for _, _, price in live.line.price.pieces(live.first, live.end):
+    line, first, end = live
+    for _, _, price in line.price.pieces(first, end):
         if not price.is_flat and price.calculation == "single_fixed":
             found = price
     return found
@@ -282,9 +283,10 @@ def _last_single_fixed(live: Live) -> Price | None:
 
 def _bound(live: Live, month: int, exact: dict[int, Exact]) -> None:
     """Tops the month's usage charge up to its minimum, or cuts it to its maximum."""
+    line, first, end = live
     days, least_micros, most_micros, bounded = 0, 0, 0, True
     on_demand: list[range] = []
-    for low, high, price in live.line.price.pieces(live.first, live.end):
+    for low, high, price in line.price.pieces(first, end):
         if price.is_on_demand:
             days += high - low
             on_demand.append(range(low, high))
@@ -361,18 +363,20 @@ def rate_months(
     """
     if lines is None:
         lines = order.by_item.get(item_id, [])
-    spans = [Live(line, *line.live(book.reference)) for line in lines]
-    metered = any(price.is_on_demand for line in lines for price in line.price.values)
-    delivered = any(price.is_one_off for line in lines for price in line.price.values)
+    spans = [(line, *line.live(book.reference)) for line in lines]
+    prices = [price for line in lines for price in line.price.values]
+    add_time_charges = _add_flat_charges if all(price.is_flat for price in prices) else _add_tiered_charges
+    metered = any(price.is_on_demand for price in prices)
+    delivered = any(price.is_one_off for price in prices)
     for month in months:
         start, after = first_day(month), first_day(month + 1)
         live = [
-            span if span.first >= start and span.end <= after
-            else Live(span.line, max(span.first, start), min(span.end, after))
-            for span in spans if span.first < after and span.end > start
-        ]  # fmt: skip
+            (line, first if first > start else start, end if end < after else after)
+            for line, first, end in spans
+            if first < after and end > start
+        ]
         charges: Charges = {}
-        _add_time_charges(live, book, month, charges)
+        add_time_charges(live, book, month, charges)
         if metered:
             _add_usage_charges(live, book, month, charges)
         if delivered:

@@ -12,7 +12,7 @@ from rating.amounts import Exact, pence, pounds_text
 from rating.book import Book, Line, LineKey
 from rating.calendar import last_day, month_text
 from rating.charges import first_month, rate_months
-from rating.funding import Group, charge_of, coverage_of, groups, payer_order, sum_shares
+from rating.funding import Coverage, Group, charge_of, coverage_of, groups, payer_order, settle
 from rating.rounding import Entitlement
 
 
@@ -40,6 +40,10 @@ class ChargeRow(NamedTuple):
     net: str
 
 
+#: A line's months that have a charge, in order, each split by its waterfalls.
+Months = dict[int, list[Group]]
+
+
 @dataclass(slots=True)
 class Derivation:
     """What all lines have earned up to a period: pence by charge key, and the exact charge of each month."""
@@ -55,46 +59,56 @@ class Derivation:
         return {(line, month): pence(exact) for line, months in self.charges.items() for month, exact in months.items()}
 
 
-def rate_lines(book: Book, period: int) -> Iterator[tuple[Line, int, list[Group]]]:
-    """Every month with a charge of every line, split by its waterfalls, from its first day up to the period.
-
-    The months of a line come in order.
-    """
+def rate_lines(book: Book, period: int) -> Iterator[tuple[Line, Months]]:
+    """Every month with a charge of every line, from its first day up to the period."""
     for order in book.orders.values():
         for item_id, lines in order.by_item.items():
-            of_practice = {line.ods_code: line for line in lines}
+            months_of: dict[str, Months] = {line.ods_code: {} for line in lines}
             starts = [month for line in lines if (month := first_month(line, book)) is not None]
             months = range(min(starts), period + 1) if starts else ()
             for month, charges in rate_months(order, item_id, months, book):
                 for ods_code, charge in charges.items():
-                    line = of_practice[ods_code]
-                    if split := groups(line, month, charge, book):
-                        yield line, month, split
+                    if split := groups(order.lines[item_id, ods_code], month, charge, book):
+                        months_of[ods_code][month] = split
+            for line in lines:
+                yield line, months_of[line.ods_code]
 
 
 def derive(book: Book, period: int) -> Derivation:
     """Derives every line from the book: pence by line, supplier, payer and month, up to the period."""
     derived = Derivation()
-    rated: dict[Line, dict[int, list[Group]]] = {}
-    for line, month, split in rate_lines(book, period):
-        rated.setdefault(line, {})[month] = split
-        for group in split:
-            if group.wanted:
-                wanted = (group.party, month)
-                derived.wanted[wanted] = derived.wanted.get(wanted, 0) + group.wanted
-    coverage = coverage_of(book.reference, derived.wanted)
     until = last_day(period)
-    for line, months in rated.items():
-        into = derived.payable if line.payable(until) else derived.held
-        supplier_id = line.order.header.supplier_id
-        entitlement = Entitlement()
-        derived.charges[line.key] = {month: charge_of(split) for month, split in months.items()}
+    nothing_drawn = coverage_of(book.reference, {})
+    drawing: list[tuple[Line, Months]] = []
+    for line, months in rate_lines(book, period):
+        charges = derived.charges[line.key] = {}
+        draws = False
         for month, split in months.items():
-            shares = sum_shares([group.settle(coverage(group.party, month)) for group in split])
-            grown = entitlement.add_month(shares, partial(payer_order, line, month))
-            for payer, difference in grown.items():
-                into[ChargeKey(*line.key, supplier_id, payer, month)] = difference
+            charges[month] = charge_of(split)
+            for group in split:
+                if group.wanted:
+                    draws, wanted = True, (group.party, month)
+                    derived.wanted[wanted] = derived.wanted.get(wanted, 0) + group.wanted
+        if draws:
+            drawing.append((line, months))
+        else:
+            _earn(line, months, until, nothing_drawn, derived)
+    coverage = coverage_of(book.reference, derived.wanted)
+    for line, months in drawing:
+        _earn(line, months, until, coverage, derived)
     return derived
+
+
+def _earn(line: Line, months: Months, until: int, coverage: Coverage, derived: Derivation) -> None:
+    """Rounds what a line has earned month by month, and each payer's part of it (3.10)."""
+    into = derived.payable if line.payable(until) else derived.held
+    order_number, item_id, ods_code = line.key
+    supplier_id = line.order.header.supplier_id
+    entitlement = Entitlement()
+    for month, split in months.items():
+        shares = settle(split, month, coverage)
+        for payer, grown in entitlement.add_month(shares, partial(payer_order, line, month)).items():
+            into[ChargeKey(order_number, item_id, ods_code, supplier_id, payer, month)] = grown
 
 
 def invoice(

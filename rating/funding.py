@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from rating.amounts import MICRO_GRAINS, MICROS, PARTS, Exact, divided, pence
@@ -35,10 +35,10 @@ class Group(NamedTuple):
         return Group(
             self.party,
             pence(self.charge),
-            tuple((payer, pence(amount)) for payer, amount in self.taken),
+            tuple([(payer, pence(amount)) for payer, amount in self.taken]),
             self.allocation_payer,
             pence(self.wanted),
-            tuple((payer, pence(limit)) for payer, limit in self.after),
+            tuple([(payer, pence(limit)) for payer, limit in self.after]),
             self.rest_payer,
         )
 
@@ -86,16 +86,23 @@ def groups(line: Line, month: int, charge: MonthCharge, book: Book) -> list[Grou
 
 def _spans(line: Line, month: int, book: Book) -> list[tuple[int, int, Waterfall, str, bool]]:
     """The steps of the line's waterfall, ordering party and acceptance in the month (3.7)."""
-    reference, spans = book.reference, []
+    reference, start, after = book.reference, first_day(month), first_day(month + 1)
+    funding, party_of = line.funding, line.order.party
     needs_acceptance = bool(reference.of(line.item_id).acceptances)
-    for low, high, waterfall in line.funding.pieces(first_day(month), first_day(month + 1)):
-        for first, until, party in line.order.party.pieces(low, high):
-            if needs_acceptance:
-                for day in range(first, until):
-                    spans.append((day, day + 1, waterfall, party, reference.accepted(line.item_id, day)))
-            else:
-                spans.append((first, until, waterfall, party, True))
-    return spans
+    if funding.is_constant and party_of.is_constant and not needs_acceptance:
+        return [(start, after, funding.values[0], party_of.values[0], True)]
+    spans = [
+        (first, until, waterfall, party, True)
+        for low, high, waterfall in funding.pieces(start, after)
+        for first, until, party in party_of.pieces(low, high)
+    ]
+    if not needs_acceptance:
+        return spans
+    return [
+        (day, day + 1, waterfall, party, reference.accepted(line.item_id, day))
+        for first, until, waterfall, party, _ in spans
+        for day in range(first, until)
+    ]
 
 
 def _group(
@@ -109,8 +116,8 @@ def _group(
     book: Book,
 ) -> Group:
     """The waterfall over the group's charge, step by step, each limited to what remains (3.9)."""
-    before: list[tuple[str, Exact]] = []
-    after: list[tuple[str, Exact]] = []
+    before: tuple[tuple[str, Exact], ...] = ()
+    after: tuple[tuple[str, Exact], ...] = ()
     remaining: Exact = charge
     wanted: Exact = 0
     allocation_payer = None
@@ -128,12 +135,12 @@ def _group(
             limit = 0
         if allocation_payer is None:
             amount = _limited(limit, remaining, charge)
-            before.append((payer, amount))
+            before += ((payer, amount),)
             remaining -= amount
         else:
-            after.append((payer, limit))
+            after += ((payer, limit),)
     rest = party if waterfall[-1].payer == ORDERING_PARTY else waterfall[-1].payer
-    return Group(party, charge, tuple(before), allocation_payer, wanted, tuple(after), rest)
+    return Group(party, charge, before, allocation_payer, wanted, after, rest)
 
 
 def _cap(line: Line, month: int, amount_micros: int, days: list[tuple[int, int]], book: Book) -> int:
@@ -215,12 +222,12 @@ def charge_of(split: list[Group]) -> Exact:
     return split[0].charge if len(split) == 1 else sum(group.charge for group in split)
 
 
-def sum_shares(parts: Sequence[dict[str, Exact]]) -> dict[str, Exact]:
-    """The payers' shares of several groups, added up."""
-    if len(parts) == 1:
-        return parts[0]
+def settle(split: list[Group], month: int, coverage: Coverage) -> dict[str, Exact]:
+    """What each payer takes of a line's month: the shares of its groups, added up."""
+    if len(split) == 1:
+        return split[0].settle(coverage(split[0].party, month) if split[0].wanted else 0)
     total: dict[str, Exact] = {}
-    for part in parts:
-        for payer, amount in part.items():
+    for group in split:
+        for payer, amount in group.settle(coverage(group.party, month)).items():
             total[payer] = total.get(payer, 0) + amount
     return total

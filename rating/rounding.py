@@ -31,10 +31,9 @@ class Entitlement:
         taking = [payer for payer, share in shares.items() if share]
         for payer in taking:
             self.payers_exact[payer] = self.payers_exact.get(payer, 0) + shares[payer]
-            self.exact += shares[payer]
-        self.exact = whole(self.exact)
+        self.exact = whole(self.exact + sum(shares.values()))
         earned = round_half_away(self.exact, GRAINS)
-        kept = sum(pence for payer, pence in self.payers_pence.items() if payer not in taking)
+        kept = sum([pence for payer, pence in self.payers_pence.items() if payer not in taking])
         rounded = self._round(taking, earned - kept, ties)
         if rounded is None:
             rounded = self._round(list(self.payers_exact), earned, ties)
@@ -56,7 +55,7 @@ class Entitlement:
 
     def _round(self, payers: list[str], total: int, ties: Callable[[], Sequence[str]]) -> dict[str, int] | None:
         if len(payers) > 1:
-            order = {payer: index for index, payer in reversed(list(enumerate(ties())))}
-            payers = sorted(payers, key=lambda payer: (order.get(payer, len(order)), payer.encode()))
+            ranked = [payer for payer in dict.fromkeys(ties()) if payer in payers]
+            payers = ranked + sorted(set(payers) - set(ranked), key=str.encode)
         pence = largest_remainder([self.payers_exact[payer] for payer in payers], total, GRAINS)
         return None if pence is None else dict(zip(payers, pence, strict=True))

@@ -37,6 +37,11 @@ class Timeline(Generic[Value]):
         self.days[low:high] = days
         self.values[low:high] = values
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether nothing has been painted over the first value."""
+        return len(self.days) == 1
+
     def at(self, day: int) -> Value:
         """The value on a day."""
         return self.values[bisect_right(self.days, day) - 1]
@@ -44,7 +49,7 @@ class Timeline(Generic[Value]):
     def pieces(self, first: int, end: int) -> list[tuple[int, int, Value]]:
         """The steps inside `[first, end)`: (from, to, value), in order, covering all of it."""
         days, values = self.days, self.values
-        index = bisect_right(days, first) - 1 if len(days) > 1 else 0
+        index = 0 if self.is_constant else bisect_right(days, first) - 1
         if index + 1 == len(days) or end <= days[index + 1]:
             return [(first, end, values[index])] if first < end else []
         found = []

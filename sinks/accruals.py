@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from datetime import date
 from decimal import Context, Decimal
 from fractions import Fraction
+from itertools import accumulate
 from typing import Any
+
+import pyarrow as pa
 
 from rating.book import LineKey
 from sinks.clickhouse import ClickHouse
@@ -15,20 +18,30 @@ from sinks.positions import Positions
 
 #: Enough digits for any sum of money here, with 18 places.
 _EXACT = Context(prec=100)
-
-_ACCRUAL_COLUMNS = (
-    "order_number", "item_id", "ods_code", "month", "version", "charge_partition", "supplier_id",
-    "m2", "one_off", "exact_pence", "charge_pence", "quantity_micros",
-    "time_from", "time_to", "time_day_pence", "days", "days_pence",
-    "groups", "wanted_party", "wanted_exact_pence",
-)  # fmt: skip
+_MONEY = pa.decimal256(76, 18)
 
 
 def decimal(exact: Fraction) -> Decimal:
     """Exact pence to 18 places, for display and sums in SQL."""
+    return Decimal(_places(exact)).scaleb(-18, _EXACT)
+
+
+def _places(exact: Fraction) -> int:
+    """Exact pence in units of the eighteenth place, halves to even."""
     places, rest = divmod(exact.numerator * 10**18, exact.denominator)
     above = 2 * rest - exact.denominator
-    return Decimal(places + (above > 0 or (above == 0 and places % 2))).scaleb(-18, _EXACT)
+    return places + (above > 0 or (above == 0 and places % 2))
+
+
+def _money(values: Iterable[Fraction]) -> pa.Array:
+    """A column of exact pence to 18 places; Arrow keeps such decimals as integers of 32 bytes."""
+    data = [_places(each).to_bytes(32, "little", signed=True) for each in values]
+    return pa.Array.from_buffers(_MONEY, len(data), [None, pa.py_buffer(b"".join(data))])
+
+
+def _lists(rows: Iterable[Sequence[Any]], values: pa.Array) -> pa.Array:
+    """A column of lists, as long as those of `rows`, of values in order."""
+    return pa.ListArray.from_arrays(pa.array([0, *accumulate(map(len, rows))], pa.int32()), values)
 
 
 def fraction_text(exact: Fraction) -> str:
@@ -36,9 +49,9 @@ def fraction_text(exact: Fraction) -> str:
     return str(exact)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class AccrualRow:
-    """A charge line's month as it stands."""
+    """A charge line's month as it stands, money in exact pence; not changed once made."""
 
     line: LineKey
     month: int
@@ -52,28 +65,38 @@ class AccrualRow:
     groups: str
     wanted: tuple[tuple[str, Fraction], ...]
 
-    def values(self, version: int, partition: int) -> tuple[Any, ...]:
-        """The row's columns."""
-        return (
-            *self.line,
-            self.month,
-            version,
-            partition,
-            self.supplier_id,
-            self.m2,
-            self.one_off,
-            fraction_text(self.exact),
-            decimal(self.exact),
-            self.quantity_micros,
-            [first for first, _, _ in self.time],
-            [end for _, end, _ in self.time],
-            [decimal(each) for _, _, each in self.time],
-            [day for day, _ in self.days],
-            [decimal(each) for _, each in self.days],
-            self.groups,
-            [party for party, _ in self.wanted],
-            [fraction_text(each) for _, each in self.wanted],
-        )
+
+def _table(rows: Sequence[AccrualRow], version: int, partition: int) -> pa.Table:
+    """Rows as the columns of the table `accruals`."""
+    size = len(rows)
+    times = [each for row in rows for each in row.time]
+    days = [each for row in rows for each in row.days]
+    wanted = [each for row in rows for each in row.wanted]
+    time_of, days_of, wanted_of = [r.time for r in rows], [r.days for r in rows], [r.wanted for r in rows]
+    return pa.table(
+        {
+            "order_number": [row.line[0] for row in rows],
+            "item_id": [row.line[1] for row in rows],
+            "ods_code": [row.line[2] for row in rows],
+            "month": pa.array([row.month for row in rows], pa.int32()),
+            "version": pa.array([version] * size, pa.uint64()),
+            "charge_partition": pa.array([partition] * size, pa.int32()),
+            "supplier_id": [row.supplier_id for row in rows],
+            "m2": pa.array([row.m2 for row in rows], pa.date32()),
+            "one_off": pa.array([row.one_off for row in rows], pa.bool_()),
+            "exact_pence": [fraction_text(row.exact) for row in rows],
+            "charge_pence": _money(row.exact for row in rows),
+            "quantity_micros": pa.array([row.quantity_micros for row in rows], pa.decimal128(38, 0)),
+            "time_from": _lists(time_of, pa.array([first for first, _, _ in times], pa.date32())),
+            "time_to": _lists(time_of, pa.array([end for _, end, _ in times], pa.date32())),
+            "time_day_pence": _lists(time_of, _money(each for _, _, each in times)),
+            "days": _lists(days_of, pa.array([day for day, _ in days], pa.date32())),
+            "days_pence": _lists(days_of, _money(each for _, each in days)),
+            "groups": [row.groups for row in rows],
+            "wanted_party": _lists(wanted_of, pa.array([party for party, _ in wanted], pa.string())),
+            "wanted_exact_pence": _lists(wanted_of, pa.array([fraction_text(each) for _, each in wanted], pa.string())),
+        }
+    )
 
 
 class Accruals:
@@ -85,8 +108,7 @@ class Accruals:
     def insert(self, rows: Sequence[AccrualRow], version: int, partition: int) -> None:
         """Inserts rows in blocks that ClickHouse takes at once."""
         for start in range(0, len(rows), 20_000):
-            values = [row.values(version, partition) for row in rows[start : start + 20_000]]
-            self._clickhouse.insert("accruals", _ACCRUAL_COLUMNS, values)
+            self._clickhouse.insert_arrow("accruals", _table(rows[start : start + 20_000], version, partition))
 
     def insert_positions(
         self, partition: int, generation: int, offset: int, positions: Positions, horizon: int
