@@ -5,7 +5,8 @@ in the record.  On a supplier's own topic the topic says who speaks; the record'
 
 The order of steps for a batch:
 
-1. Every record is decoded, every reading checked by itself.
+1. The records are decoded and checked by columns, all at once; those with anything against them
+   again, each reading by itself, which also says what it is.
 2. What was let through goes to `usage-accepted` in one block a partition; what was refused goes
    to the dead letters.  If this fails, or the process dies, the batch is read again: a block sent
    twice holds the same positions, which the usage agent knows again.
@@ -20,6 +21,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, ClassVar
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 
@@ -29,19 +31,22 @@ from rating.records import Refused
 from sinks import metrics
 from sinks.dead_letters import DeadLetter
 from streams.agent import Agent
-from streams.batch import Batch, Record, instant
+from streams.batch import LATEST_MS, Batch, Record, instant
 from streams.codec import Undecodable, from_interchange, read_json, to_interchange
+from streams.columns import COLUMNS, Integers, decode, decode_batch
 from streams.topics import BLOCK_MAX_BYTES, USAGE, USAGE_ACCEPTED, partition_for, usage_topics
 
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MICROSECOND = timedelta(microseconds=1)
 EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
 AHEAD = timedelta(days=1)
-#: Rows of a block; with ids of a kilobyte each it still is one Kafka record.
-BLOCK_ROWS = 5_000
+#: Rows of a block; one that is too large for a Kafka record all the same is halved.
+BLOCK_ROWS = 20_000
 #: Far above any real one; what is longer would multiply with every reading of a batch.
 CODE_MAX_CHARACTERS = 256
 ID_MAX_CHARACTERS = 4_096
 
-#: A reading let through: id, revision, supplier, practice, item, quantity_micros, occurred_at, index.
+#: A reading let through: its columns and its index in a UsageBatch.
 Reading = tuple[str, int, str, str, str, int, datetime, int]
 
 
@@ -62,21 +67,71 @@ class Intake(Agent):
         """Does a batch; see the steps above."""
         speaker = batch.topic.removeprefix(f"{USAGE}.") if batch.topic != USAGE else None
         letters: list[DeadLetter] = []
-        blocks: dict[int, list[tuple[Any, ...]]] = {}
-        partitions = self._context.settings.partitions
-        for record in batch.records:
-            for reading in self._readings(batch, record, speaker, letters):
-                row = (*reading, record.offset, record.timestamp)
-                blocks.setdefault(partition_for(reading[3], partitions), []).append(row)
-        accepted = 0
-        for partition, rows in blocks.items():
-            accepted += len(rows)
-            for start in range(0, len(rows), BLOCK_ROWS):
-                self._send(batch, partition, rows[start : start + BLOCK_ROWS])
+        rows = self._rows(batch, speaker, letters)
+        for (partition,), part in rows.partition_by("for_partition", as_dict=True, include_key=False).items():
+            for block in part.iter_slices(BLOCK_ROWS):
+                self._send(partition, block)
         self._context.dead_letters.write(letters)
         self._context.outbox.flush()
-        metrics.RECORDS.labels(self.role, "accepted").inc(accepted)
+        metrics.RECORDS.labels(self.role, "accepted").inc(rows.height)
         metrics.USAGE.labels("refused").inc(len(letters))
+
+    # --- step 1: by columns what is plainly right, by itself what is not ---
+
+    def _rows(self, batch: Batch, speaker: str | None, letters: list[DeadLetter]) -> pl.DataFrame:
+        """The readings let through, in the order of the log; what is refused goes to `letters`."""
+        size = len(batch.records)
+        offsets = np.fromiter([record.offset for record in batch.records], np.int64, size)
+        timestamps = np.fromiter([record.timestamp for record in batch.records], np.int64, size)
+        rows, left = self._by_columns(batch, timestamps, speaker)
+        looked_at = [
+            (*reading, place)
+            for place in left
+            for reading in self._readings(batch, batch.records[place], speaker, letters)
+        ]
+        if looked_at:
+            alone = pl.DataFrame(looked_at, schema=rows.schema, orient="row")
+            # What of a partition came later is never in an earlier block: see Ledger.positions_complete.
+            rows = pl.concat([rows, alone]).sort("place", "index")
+        practices = rows["ods_code"].unique().to_list()
+        partitions = [partition_for(each, self._context.settings.partitions) for each in practices]
+        return rows.select(
+            *COLUMNS,
+            "index",
+            offset=pl.Series(offsets)[rows["place"]],
+            broker_timestamp_ms=pl.Series(timestamps)[rows["place"]],
+            day=pl.col("occurred_at").dt.convert_time_zone("Europe/London").dt.date(),
+            topic=pl.lit(batch.topic),
+            partition=pl.lit(batch.partition, pl.Int32),
+            for_partition=pl.col("ods_code").replace_strict(practices, partitions, return_dtype=pl.Int32),
+        )
+
+    def _by_columns(self, batch: Batch, timestamps: Integers, speaker: str | None) -> tuple[pl.DataFrame, list[int]]:
+        """The readings of the records with nothing against them, and the places of all other records."""
+        limit, codec = self._context.settings.record_max_bytes, self._context.codec
+        values = [record.value if record.value and len(record.value) <= limit else b"" for record in batch.records]
+        decoded = decode(values, codec.schema_id("Usage"))
+        frames = [decoded.frame.with_columns(_index(0), _place(np.flatnonzero(decoded.sound)))]
+        left: list[int] = []
+        for place in np.flatnonzero(~decoded.sound).tolist():
+            is_batch = codec.names(values[place], "UsageBatch")
+            readings = decode_batch(values[place]) if is_batch else None
+            if readings is None:
+                left.append(place)
+            else:
+                indexes = np.arange(readings.height)
+                frames.append(readings.with_columns(_index(indexes), _place(np.full(readings.height, place))))
+        rows = pl.concat(frames)
+        if len(frames) > 1:
+            rows = rows.sort("place", "index")
+        arrivals = np.clip(timestamps, 0, LATEST_MS) * 1000
+        if self._floor is not None:
+            arrivals = np.maximum(arrivals, (self._floor - EPOCH) // MICROSECOND)
+        latest = pl.Series(arrivals + AHEAD // MICROSECOND).cast(pl.Datetime("us", "UTC"))[rows["place"]]
+        refused = rows.filter(~_admissible(speaker, latest))["place"].unique()
+        if not refused.is_empty():
+            rows = rows.filter(~pl.col("place").is_in(refused.implode()))
+        return rows, sorted({*left, *refused})
 
     def _readings(
         self, batch: Batch, record: Record, speaker: str | None, letters: list[DeadLetter]
@@ -118,30 +173,39 @@ class Intake(Agent):
                 index,
             )
 
-    def _send(self, batch: Batch, partition: int, rows: list[tuple[Any, ...]]) -> None:
-        names = ("id", "revision", "supplier_id", "ods_code", "item_id", "quantity_micros", "occurred_at")
-        frame = pl.DataFrame(
-            rows,
-            schema={
-                **dict(zip(names, (pl.String, pl.Int64, pl.String, pl.String, pl.String, pl.Int64), strict=False)),
-                "occurred_at": pl.Datetime("us", "UTC"),
-                "index": pl.Int32,
-                "offset": pl.Int64,
-                "broker_timestamp_ms": pl.Int64,
-            },
-            orient="row",
-        ).with_columns(
-            day=pl.col("occurred_at").dt.convert_time_zone("Europe/London").dt.date(),
-            topic=pl.lit(batch.topic),
-            partition=pl.lit(batch.partition, pl.Int32),
-        )
-        block = encode_block(frame.to_arrow())
-        if len(block) > BLOCK_MAX_BYTES // 2 and len(rows) > 1:
-            middle = len(rows) // 2
-            self._send(batch, partition, rows[:middle])
-            self._send(batch, partition, rows[middle:])
+    # --- step 2 ---
+
+    def _send(self, partition: int, rows: pl.DataFrame) -> None:
+        block = encode_block(rows.to_arrow())
+        if len(block) > BLOCK_MAX_BYTES // 2 and rows.height > 1:
+            middle = rows.height // 2
+            self._send(partition, rows[:middle])
+            self._send(partition, rows[middle:])
             return
         self._context.outbox.send(USAGE_ACCEPTED, block, partition=partition)
+
+
+def _index(index: int | Integers) -> pl.Series | pl.Expr:
+    return pl.lit(index, pl.Int32).alias("index") if isinstance(index, int) else pl.Series("index", index, pl.Int32)
+
+
+def _place(place: Integers) -> pl.Series:
+    """Which record of the batch."""
+    return pl.Series("place", place, pl.Int64)
+
+
+def _admissible(speaker: str | None, latest: pl.Series) -> pl.Expr:
+    """By columns what `check` asks of a reading; what is not admissible here is checked by itself."""
+    supplier, practice, item = pl.col("supplier_id"), pl.col("ods_code"), pl.col("item_id")
+    codes = [each.str.len_bytes().is_between(1, CODE_MAX_CHARACTERS) for each in (supplier, practice, item)]
+    return pl.all_horizontal(
+        *codes,
+        pl.col("id").str.len_bytes() <= ID_MAX_CHARACTERS,
+        *([] if speaker is None else [supplier == speaker]),
+        item.str.starts_with(supplier),
+        pl.col("quantity_micros").is_between(0, LIMIT_MICROS, closed="left"),
+        pl.col("occurred_at").is_between(EARLIEST, latest),
+    )
 
 
 def check(reading: Any, supplier: str, practice: str, speaker: str | None, arrival: datetime) -> int:

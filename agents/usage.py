@@ -23,14 +23,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any, ClassVar
 
 import polars as pl
 import pyarrow as pa
 
 from agents.context import Context
-from agents.intake import encode_block
+from agents.intake import BLOCK_ROWS, encode_block
 from rating.amounts import micros_text
 from sinks import metrics
 from sinks.dead_letters import DeadLetter
@@ -44,6 +43,7 @@ DayKey = tuple[str, str, int]
 Identity = tuple[str, str, str]
 _EPOCH_ORDINAL = 719163
 
+#: Day totals as `charge-inputs` carries them; quantities as text, because sums outgrow any integer.
 TOTALS_SCHEMA = pa.schema(
     [
         ("ods_code", pa.string()),
@@ -52,24 +52,45 @@ TOTALS_SCHEMA = pa.schema(
         ("quantity_micros", pa.string()),
     ]
 )
+_DAY_KEY = ["ods_code", "item_id", "day"]
+_IDENTITY = ["ods_code", "supplier_id", "id"]
+#: So many day totals of a partition are remembered, some 150 bytes each; then all are forgotten.
+_REMEMBERED_TOTALS = 1_000_000
 
 
 @dataclass(slots=True)
 class _Totals:
-    """The day totals of some of a partition's practices, as of an offset."""
+    """The day totals of some of a partition's practices, as of an offset: micros by service and day."""
 
     offset: int
     practices: set[str] = field(default_factory=set)
-    micros: dict[DayKey, int] = field(default_factory=dict)
+    micros: dict[tuple[str, str], dict[int, int]] = field(default_factory=dict)
+    size: int = 0
+
+    def add(self, changes: pl.DataFrame) -> pl.DataFrame:
+        """Adds a batch's changes by day and returns the new totals in their place."""
+        columns = [changes[name].to_list() for name in (*_DAY_KEY, "quantity_micros")]
+        totals = []
+        for ods_code, item_id, day, quantity in zip(*columns, strict=True):
+            days = self.micros.get((ods_code, item_id))
+            if days is None:
+                days = self.micros[ods_code, item_id] = {}
+            before = days.get(day)
+            if before is None:
+                self.size += 1
+                before = 0
+            days[day] = total = before + quantity
+            totals.append(str(total))
+        return changes.with_columns(quantity_micros=pl.Series(totals, dtype=pl.String))
 
 
 @dataclass(slots=True)
 class _Outcome:
-    """What a batch comes to."""
+    """What a batch comes to: rows to keep, by how much day totals change, and what is told of the rest."""
 
     insert: pl.DataFrame
-    change: dict[DayKey, int]
-    letters: list[DeadLetter]
+    change: dict[DayKey, int] = field(default_factory=dict)
+    letters: list[DeadLetter] = field(default_factory=list)
     duplicates: int = 0
 
 
@@ -101,16 +122,15 @@ class Usage(Agent):
         if totals is None or totals.offset != batch.first_offset:
             totals = _Totals(batch.first_offset)
         rows = self._rows(batch)
-        outcome = self._judge(rows, batch)
+        outcome, changes = self._judge(rows, batch)
         self._context.ledger.insert_usage(outcome.insert.to_arrow())
-        self._load(totals, {key[0] for key in outcome.change}, batch.first_offset)
-        for key, difference in outcome.change.items():
-            totals.micros[key] = totals.micros.get(key, 0) + difference
-        self._publish(batch, {key: totals.micros[key] for key in outcome.change})
+        self._load(totals, set(changes["ods_code"].unique()), batch.first_offset)
+        self._publish(batch, totals.add(changes))
         self._context.dead_letters.write(outcome.letters)
         self._context.outbox.flush()
         totals.offset = batch.end_offset
-        self._totals[batch.partition] = totals
+        if totals.size <= _REMEMBERED_TOTALS:
+            self._totals[batch.partition] = totals
         metrics.USAGE.labels("accepted").inc(outcome.insert.height)
         metrics.USAGE.labels("duplicate").inc(outcome.duplicates)
         metrics.USAGE.labels("conflict").inc(len(outcome.letters))
@@ -133,52 +153,54 @@ class Usage(Agent):
 
     # --- steps 1 and 2: what is new ---
 
-    def _judge(self, rows: pl.DataFrame, batch: Batch) -> _Outcome:
-        fresh = self._certainly_new(rows)
-        suspects = rows.filter(~fresh)
-        names = ["ods_code", "supplier_id", "id"]
-        if suspects.height:
-            # A suspect's identity is judged with all its copies in the batch.
-            copies = rows.join(suspects.select(names).unique(), on=names, how="semi")
-            certain = rows.join(suspects.select(names).unique(), on=names, how="anti")
+    def _judge(self, rows: pl.DataFrame, batch: Batch) -> tuple[_Outcome, pl.DataFrame]:
+        """What the batch comes to, and all changes of day totals as columns."""
+        suspects = rows.filter(~self._certainly_new(rows)).select(_IDENTITY).unique()
+        if suspects.is_empty():
+            outcome = _Outcome(rows)
         else:
-            copies, certain = suspects, rows
-        outcome = _Outcome(certain, {}, [])
-        grouped = certain.group_by("ods_code", "item_id", "day").agg(pl.col("quantity_micros").cast(pl.Int128).sum())
-        for ods_code, item_id, day, quantity in grouped.iter_rows():
-            outcome.change[ods_code, item_id, day.toordinal()] = quantity
-        if copies.height:
-            self._judge_copies(copies, batch, outcome)
-        return outcome
+            # A suspect's identity is judged with all its copies in the batch.
+            copies = rows.join(suspects, on=_IDENTITY, how="semi")
+            known = self._context.ledger.known_usage(suspects, self._generation, batch.first_offset)
+            alone = copies.filter(pl.struct(_IDENTITY).is_unique()).join(known, on=_IDENTITY, how="anti")
+            copies = copies.join(alone, on=_IDENTITY, how="anti")
+            outcome = _Outcome(pl.concat([rows.join(suspects, on=_IDENTITY, how="anti"), alone]))
+        changes = outcome.insert.select(
+            "ods_code",
+            "item_id",
+            (pl.col("day").to_physical() + _EPOCH_ORDINAL).alias("day"),
+            pl.col("quantity_micros").cast(pl.Int128),
+        )
+        if not suspects.is_empty() and copies.height:
+            self._judge_copies(copies, known, outcome)
+            keyed = [(*key, quantity) for key, quantity in outcome.change.items()]
+            changes = pl.concat([changes, pl.DataFrame(keyed, schema=changes.schema, orient="row")])
+        return outcome, changes.group_by(_DAY_KEY).agg(pl.col("quantity_micros").sum())
 
     def _certainly_new(self, rows: pl.DataFrame) -> pl.Series:
-        identities = rows.select(pl.concat_str("supplier_id", "ods_code", "id", separator="/").alias("identity"))[
-            "identity"
-        ].to_list()
-        claims = rows.select(
-            pl.concat_str(
+        named = rows.select(
+            identity=pl.concat_str(pl.lit("u:"), "supplier_id", pl.lit("/"), "ods_code", pl.lit("/"), "id"),
+            claim=pl.concat_str(
                 pl.lit(str(self._generation)), "accepted_offset", "topic", "partition", "offset", "index", "revision",
-                pl.struct("item_id", "quantity_micros", "occurred_at").hash(),
+                "item_id", "quantity_micros", pl.col("occurred_at").to_physical(),
                 separator="/",
-            ).alias("claim")
-        )["claim"].to_list()  # fmt: skip
-        standing, certain_after = self._claims.claim(identities, claims)
-        unclaimed = pl.Series([each is None for each in standing], dtype=pl.Boolean)
+            ),
+        )  # fmt: skip
+        unclaimed, certain_after = self._claims.claim(named["identity"], named["claim"])
         # A later revision may lie on another day than the first: only the ledger knows.
         return unclaimed & (rows["occurred_at"] >= certain_after) & (rows["revision"] == 0)
 
-    def _judge_copies(self, copies: pl.DataFrame, batch: Batch, outcome: _Outcome) -> None:
+    def _judge_copies(self, copies: pl.DataFrame, known: pl.DataFrame, outcome: _Outcome) -> None:
         by_identity: dict[Identity, list[dict[str, Any]]] = {}
         for row in copies.iter_rows(named=True):
             by_identity.setdefault((row["ods_code"], row["supplier_id"], row["id"]), []).append(row)
-        known: dict[Identity, list[dict[str, Any]]] = {}
-        for row in self._context.ledger.known_usage(by_identity, self._generation, batch.first_offset):
-            row["occurred_at"] = _instant(row["occurred_at_us"])
-            known.setdefault((row["ods_code"], row["supplier_id"], row["id"]), []).append(row)
+        kept: dict[Identity, list[dict[str, Any]]] = {}
+        for row in known.iter_rows(named=True):
+            kept.setdefault((row["ods_code"], row["supplier_id"], row["id"]), []).append(row)
         inserts: list[dict[str, Any]] = []
         for identity, rows in by_identity.items():
-            before = _firsts(known.get(identity, []))
-            after = _firsts([*known.get(identity, []), *rows])
+            before = _firsts(kept.get(identity, []))
+            after = _firsts([*kept.get(identity, []), *rows])
             self._settle(before, after, rows, inserts, outcome)
         if inserts:
             outcome.insert = pl.concat([outcome.insert, pl.DataFrame(inserts, schema=copies.schema)])
@@ -221,17 +243,20 @@ class Usage(Agent):
     def _load(self, totals: _Totals, practices: set[str], offset: int) -> None:
         missing = practices - totals.practices
         if missing:
-            totals.micros |= self._context.ledger.totals_of_practices(sorted(missing), self._generation, offset)
+            found = self._context.ledger.totals_of_practices(sorted(missing), self._generation, offset)
+            for (ods_code, item_id, day), quantity in found.items():
+                totals.micros.setdefault((ods_code, item_id), {})[day] = quantity
+            totals.size += len(found)
             totals.practices |= missing
 
-    def _publish(self, batch: Batch, totals: Mapping[DayKey, int]) -> None:
+    def _publish(self, batch: Batch, totals: pl.DataFrame) -> None:
         partitions = self._context.settings.partitions
-        by_partition: dict[int, list[tuple[str, str, int, str]]] = {}
-        of_item: dict[str, int] = {}
-        for (ods_code, item_id, day), quantity in totals.items():
-            if item_id not in of_item:
-                of_item[item_id] = partition_for(item_id, partitions)
-            by_partition.setdefault(of_item[item_id], []).append((ods_code, item_id, day, str(quantity)))
+        items = totals["item_id"].unique().to_list()
+        numbers = [partition_for(item_id, partitions) for item_id in items]
+        placed = totals.with_columns(
+            for_partition=pl.col("item_id").replace_strict(items, numbers, return_dtype=pl.Int32)
+        )
+        parts = placed.partition_by("for_partition", as_dict=True, include_key=False)
         metadata = {
             "generation": str(self._generation),
             "topic": USAGE_ACCEPTED,
@@ -239,13 +264,12 @@ class Usage(Agent):
             "end_offset": str(batch.end_offset),
         }
         for partition in range(partitions):
-            rows = by_partition.get(partition, [])
-            for start in range(0, max(len(rows), 1), 50_000):
-                chunk = rows[start : start + 50_000]
-                named = [dict(zip(TOTALS_SCHEMA.names, row, strict=True)) for row in chunk]
-                table = pa.Table.from_pylist(named, schema=TOTALS_SCHEMA)
-                last = {"last": "1" if start + len(chunk) >= len(rows) else "0"}
-                self._context.outbox.send(CHARGE_INPUTS, encode_block(table, metadata | last), partition=partition)
+            # One that has no totals is told all the same up to where it now has them all.
+            table = parts.get((partition,), totals.clear()).to_arrow().cast(TOTALS_SCHEMA)
+            for start in range(0, max(table.num_rows, 1), BLOCK_ROWS):
+                last = {"last": "1" if start + BLOCK_ROWS >= table.num_rows else "0"}
+                block = encode_block(table.slice(start, BLOCK_ROWS), metadata | last)
+                self._context.outbox.send(CHARGE_INPUTS, block, partition=partition)
 
 
 def _firsts(rows: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
@@ -275,11 +299,6 @@ def _content(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _ordinal(day: Any) -> int:
     return int(day) + _EPOCH_ORDINAL if isinstance(day, int) else int(day.toordinal())
-
-
-def _instant(microseconds: int) -> datetime:
-    seconds, rest = divmod(microseconds, 1_000_000)
-    return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest)
 
 
 def _conflict(row: Mapping[str, Any], first: Mapping[str, Any]) -> DeadLetter:

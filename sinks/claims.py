@@ -11,7 +11,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
+import polars as pl
 import redis
 import structlog
 from redis.exceptions import RedisError
@@ -24,10 +26,10 @@ log = structlog.get_logger(__name__)
 _AHEAD = timedelta(days=1)
 _CHUNK = 2_000
 
-#: KEYS: the generation key.  ARGV: now, seconds to keep, then id and claim by turns.
-#: Returns since when the store has every claim, whether that is news, and for each id the claim
-#: that stood (or false).  A restarted server has another run id: it may have come back without
-#: its last claims.
+#: KEYS: the generation key.  ARGV: now, seconds to keep, then identity and claim by turns.
+#: Returns since when the store has every claim, whether that is news, and which of the identities
+#: were claimed before.  A restarted server has another run id: it may have come back without its
+#: last claims.
 _CLAIM = """
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
 local since = redis.call('HGET', KEYS[1], run)
@@ -40,11 +42,9 @@ if not since then
 end
 local found = {since, emptied}
 for i = 3, #ARGV, 2 do
-  local standing = redis.call('GET', ARGV[i])
-  if not standing then
-    redis.call('SET', ARGV[i], ARGV[i + 1], 'EX', ARGV[2])
+  if not redis.call('SET', ARGV[i], ARGV[i + 1], 'NX', 'EX', ARGV[2]) then
+    found[#found + 1] = (i - 3) / 2
   end
-  found[#found + 1] = standing
 end
 return found
 """
@@ -67,7 +67,6 @@ class Claims:
         self._window = timedelta(days=settings.claim_window_days)
         self._keep_seconds = int((self._window + 2 * _AHEAD).total_seconds())
         self._redis = redis.Redis.from_url(settings.redis, socket_timeout=10, socket_connect_timeout=2)
-        self._script = self._redis.register_script(_CLAIM)
 
     def check(self) -> None:
         """Raises SettingsError when Redis may throw claims away, ClaimsUnavailable when it does not answer."""
@@ -81,32 +80,52 @@ class Claims:
                 "copies would pass as new; set it to noeviction"
             )
 
-    def claim(self, identities: Sequence[str], claim: Sequence[str]) -> tuple[list[str | None], datetime]:
+    def claim(self, identities: pl.Series, claims: pl.Series) -> tuple[pl.Series, datetime]:
         """Claims each identity for a record, unless it is claimed already.
 
-        Returns for each the claim that stood before (None: none did), and the instant after which
-        an event without a claim is certainly new.  Raises ClaimsUnavailable when Redis is away.
+        Returns for each whether nobody had claimed it, and the instant after which an event whose
+        identity nobody had claimed is certainly new.  Raises ClaimsUnavailable when Redis is away.
         """
-        standing: list[str | None] = []
-        emptied_at = 0.0
+        arguments = _words(identities, claims)
         try:
-            for start in range(0, len(identities), _CHUNK):
-                arguments: list[str | int] = [int(time.time()), self._keep_seconds]
-                chunk = slice(start, start + _CHUNK)
-                for identity, each in zip(identities[chunk], claim[chunk], strict=True):
-                    arguments += ["u:" + identity, each]
-                found = self._script(keys=[_GENERATION_KEY], args=arguments)
-                since = float(found[0])
-                if found[1] and self._ledger_is_empty():
-                    # Nothing was ever claimed before: a new installation, not an emptied store.
-                    since = 0.0
-                    run = self._redis.info("server")["run_id"]
-                    self._redis.hset(_GENERATION_KEY, run, "0")
-                emptied_at = max(emptied_at, since)
-                standing += [each.decode() if each is not None else None for each in found[2:]]
+            found = self._evaluate([arguments[start : start + _CHUNK] for start in range(0, len(arguments), _CHUNK)])
+            emptied = [bool(each[1]) for each in found]
+            if emptied == [True] + [False] * (len(found) - 1) and self._ledger_is_empty():
+                # Nothing was ever claimed before: a new installation, not an emptied store.
+                self._redis.hset(_GENERATION_KEY, self._redis.info("server")["run_id"], "0")
+                since = 0.0
+            else:
+                since = max((float(each[0]) for each in found), default=0.0)
         except RedisError as error:
             raise ClaimsUnavailable(f"Redis: {error}") from error
+        standing = [chunk * _CHUNK + place for chunk, each in enumerate(found) for place in each[2:]]
+        unclaimed = pl.repeat(True, len(arguments), eager=True).scatter(standing, False)
         if self._never_certain:
-            return standing, datetime.max.replace(tzinfo=UTC)
-        certain_after = max(datetime.fromtimestamp(emptied_at, UTC) + _AHEAD, datetime.now(UTC) - self._window + _AHEAD)
-        return standing, certain_after
+            return unclaimed, datetime.max.replace(tzinfo=UTC)
+        certain_after = max(datetime.fromtimestamp(since, UTC) + _AHEAD, datetime.now(UTC) - self._window + _AHEAD)
+        return unclaimed, certain_after
+
+    def _evaluate(self, chunks: Sequence[pl.Series]) -> list[Any]:
+        """The script's answers.  All is sent before the first is read, so that Redis has work meanwhile."""
+        connection: Any = self._redis.connection_pool.get_connection()
+        try:
+            for words in chunks:
+                now, keep = str(int(time.time())), str(self._keep_seconds)
+                head = _words(pl.Series(["EVAL", "1", now]), pl.Series([_CLAIM, _GENERATION_KEY, keep]))
+                command = f"*{6 + 2 * len(words)}\r\n" + "".join([*head, *words])
+                connection.send_packed_command([command.encode()])
+            return [connection.read_response() for _ in chunks]
+        except BaseException:
+            # Answers that nobody has read must not meet the next question.
+            connection.disconnect()
+            raise
+        finally:
+            self._redis.connection_pool.release(connection)
+
+
+def _words(first: pl.Series, second: pl.Series) -> pl.Series:
+    """Two arguments a row as the Redis protocol writes them (its client takes them one by one: slow)."""
+    parts = []
+    for each in (first, second):
+        parts += [pl.lit("$"), each.str.len_bytes(), pl.lit("\r\n"), each, pl.lit("\r\n")]
+    return pl.select(pl.concat_str(parts)).to_series()

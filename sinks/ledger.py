@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 
 from rating.book import Service
@@ -101,25 +102,19 @@ class Ledger:
         """Whether there is any usage row."""
         return bool(self._clickhouse.query("SELECT 1 FROM usage LIMIT 1"))
 
-    def known_usage(
-        self, identities: Iterable[tuple[str, str, str]], generation: int, accepted_before: int
-    ) -> list[dict[str, Any]]:
+    def known_usage(self, identities: pl.DataFrame, generation: int, accepted_before: int) -> pl.DataFrame:
         """The rows of these identities (practice, supplier, id) accepted before an offset."""
-        found: list[dict[str, Any]] = []
-        for chunk in _chunks(identities):
-            found += self._known_usage(chunk, generation, accepted_before)
-        return found
+        chunks = _chunks(identities.select("ods_code", "supplier_id", "id").iter_rows())
+        found = pa.concat_tables([self._known_usage(chunk, generation, accepted_before) for chunk in chunks])
+        return pl.DataFrame(found)
 
-    def _known_usage(
-        self, identities: Sequence[tuple[str, ...]], generation: int, accepted_before: int
-    ) -> list[dict[str, Any]]:
+    def _known_usage(self, identities: Sequence[tuple[str, ...]], generation: int, accepted_before: int) -> pa.Table:
         practices, suppliers, ids = zip(*identities, strict=True)
-        table = self._clickhouse.query_arrow(
+        return self._clickhouse.query_arrow(
             """
             SELECT ods_code, toString(supplier_id) AS supplier_id, id, revision, generation,
                    toString(topic) AS topic, partition, offset, `index`, broker_timestamp_ms,
-                   toString(item_id) AS item_id, quantity_micros,
-                   toUnixTimestamp64Micro(occurred_at) AS occurred_at_us, toInt32(day) AS day
+                   toString(item_id) AS item_id, quantity_micros, occurred_at, day
             FROM usage
             WHERE ods_code IN {practices:Array(String)}
               AND (ods_code, supplier_id, id) IN (
@@ -136,7 +131,6 @@ class Ledger:
                 "before": accepted_before,
             },
         )
-        return list(table.to_pylist())
 
     def totals_of_practices(
         self, practices: Sequence[str], generation: int, accepted_before: int

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 #: 9999-12-30, in milliseconds since 1970.
-_LATEST_MS = 253_402_128_000_000
+LATEST_MS = 253_402_128_000_000
 
 
 class NotYet(Exception):
@@ -17,7 +17,7 @@ class NotYet(Exception):
 
 def instant(timestamp_ms: int) -> datetime:
     """A record's broker timestamp; one that no calendar has is the nearest that one has."""
-    return datetime.fromtimestamp(min(max(timestamp_ms, 0), _LATEST_MS) / 1000, UTC)
+    return datetime.fromtimestamp(min(max(timestamp_ms, 0), LATEST_MS) / 1000, UTC)
 
 
 class Record(Protocol):

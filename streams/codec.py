@@ -82,7 +82,7 @@ class Codec:
     def encode(self, name: str, value: Mapping[str, Any]) -> bytes:
         """A record's bytes.  Raises Refused when a value does not fit its type."""
         out = io.BytesIO()
-        out.write(_HEADER.pack(0, self._id(name)))
+        out.write(_HEADER.pack(0, self.schema_id(name)))
         try:
             fastavro.schemaless_writer(out, _parsed(name), value)
         except (ValueError, TypeError, DecimalException, OverflowError) as error:
@@ -110,7 +110,12 @@ class Codec:
             raise Undecodable(f"has {len(data) - body.tell()} bytes after the {name} record")
         return Decoded(name, value)
 
-    def _id(self, name: str) -> int:
+    def names(self, data: bytes, name: str) -> bool:
+        """Whether these bytes say that they were written with the schema of this name, as it is today."""
+        return data[: _HEADER.size] == _HEADER.pack(0, self.schema_id(name))
+
+    def schema_id(self, name: str) -> int:
+        """The id that records of this name are written with."""
         if name not in self._ids:
             from confluent_kafka.schema_registry import Schema
 

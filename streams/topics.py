@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 
 from aiokafka.partitioner import murmur2
 from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaError, KafkaException, TopicPartition
@@ -78,6 +79,7 @@ def configurations(settings: Settings) -> dict[str, tuple[int, dict[str, str]]]:
     }
 
 
+@lru_cache(maxsize=100_000)
 def partition_for(key: str, partitions: int) -> int:
     """The partition of a key as Java's default partitioner finds it (murmur2); ours all use it."""
     return int((murmur2(key.encode()) & 0x7FFFFFFF) % partitions)

@@ -14,6 +14,7 @@ from decimal import Decimal
 from typing import Any, TypeVar
 from unittest import mock
 
+import polars as pl
 import pyarrow as pa
 
 from agents.charges import Charges
@@ -194,8 +195,8 @@ class FusedClaims(Claims):
 
     fuse: Fuse
 
-    def claim(self, identities: Sequence[str], claim: Sequence[str]) -> Any:
-        return self.fuse.call("claim", lambda: super(FusedClaims, self).claim(identities, claim))
+    def claim(self, identities: pl.Series, claims: pl.Series) -> Any:
+        return self.fuse.call("claim", lambda: super(FusedClaims, self).claim(identities, claims))
 
 
 class FusedContext(Context):
@@ -442,7 +443,8 @@ class World:
             for totals in usage._totals.values():
                 cached = {
                     (item_id, ods_code, day): quantity
-                    for (ods_code, item_id, day), quantity in totals.micros.items()
+                    for (ods_code, item_id), days in totals.micros.items()
+                    for day, quantity in days.items()
                     if quantity
                 }
                 expected = {key: each for key, each in standing.items() if key[1] in totals.practices}
