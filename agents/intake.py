@@ -33,7 +33,7 @@ from sinks.dead_letters import DeadLetter
 from streams.agent import Agent
 from streams.batch import LATEST_MS, Batch, Record, instant
 from streams.codec import Undecodable, from_interchange, read_json, to_interchange
-from streams.columns import COLUMNS, Integers, decode, decode_batch
+from streams.columns import COLUMNS, Integers, decode, decode_batches
 from streams.topics import BLOCK_MAX_BYTES, USAGE, USAGE_ACCEPTED, partition_for, usage_topics
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -111,19 +111,15 @@ class Intake(Agent):
         limit, codec = self._context.settings.record_max_bytes, self._context.codec
         values = [record.value if record.value and len(record.value) <= limit else b"" for record in batch.records]
         decoded = decode(values, codec.schema_id("Usage"))
-        frames = [decoded.frame.with_columns(_index(0), _place(np.flatnonzero(decoded.sound)))]
-        left: list[int] = []
-        for place in np.flatnonzero(~decoded.sound).tolist():
-            is_batch = codec.names(values[place], "UsageBatch")
-            readings = decode_batch(values[place]) if is_batch else None
-            if readings is None:
-                left.append(place)
-            else:
-                indexes = np.arange(readings.height)
-                frames.append(readings.with_columns(_index(indexes), _place(np.full(readings.height, place))))
-        rows = pl.concat(frames)
-        if len(frames) > 1:
-            rows = rows.sort("place", "index")
+        rows = decoded.frame.with_columns(
+            index=pl.lit(0, pl.Int32), place=pl.Series(np.flatnonzero(decoded.sound), dtype=pl.Int64)
+        )
+        unsound = np.flatnonzero(~decoded.sound)
+        batches = [values[place] if codec.names(values[place], "UsageBatch") else None for place in unsound]
+        readings, left = decode_batches(batches)
+        if readings.height:
+            readings = readings.with_columns(place=pl.Series(unsound, dtype=pl.Int64)[readings["place"]])
+            rows = pl.concat([rows, readings.select(rows.columns)]).sort("place", "index")
         arrivals = np.clip(timestamps, 0, LATEST_MS) * 1000
         if self._floor is not None:
             arrivals = np.maximum(arrivals, (self._floor - EPOCH) // MICROSECOND)
@@ -131,7 +127,7 @@ class Intake(Agent):
         refused = rows.filter(~_admissible(speaker, latest))["place"].unique()
         if not refused.is_empty():
             rows = rows.filter(~pl.col("place").is_in(refused.implode()))
-        return rows, sorted({*left, *refused})
+        return rows, sorted({*unsound[left].tolist(), *refused})
 
     def _readings(
         self, batch: Batch, record: Record, speaker: str | None, letters: list[DeadLetter]
@@ -183,15 +179,6 @@ class Intake(Agent):
             self._send(partition, rows[middle:])
             return
         self._context.outbox.send(USAGE_ACCEPTED, block, partition=partition)
-
-
-def _index(index: int | Integers) -> pl.Series | pl.Expr:
-    return pl.lit(index, pl.Int32).alias("index") if isinstance(index, int) else pl.Series("index", index, pl.Int32)
-
-
-def _place(place: Integers) -> pl.Series:
-    """Which record of the batch."""
-    return pl.Series("place", place, pl.Int64)
 
 
 def _admissible(speaker: str | None, latest: pl.Series) -> pl.Expr:

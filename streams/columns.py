@@ -51,6 +51,11 @@ LAYOUT = (
 )
 #: What a record is decoded to: the fields of the layout, the quantity as its unscaled integer.
 COLUMNS = tuple(f"{name}_micros" if kind == "decimal" else name for name, kind in LAYOUT)
+#: The types of COLUMNS as they are on the wire.
+_PHYSICAL: dict[str, Any] = {
+    name: pl.String if kind == "string" else pl.Int64 for name, (_, kind) in zip(COLUMNS, LAYOUT, strict=True)
+}
+_INT64 = 2**63
 
 
 class Decoded(NamedTuple):
@@ -171,37 +176,58 @@ def _cut(records: _Records, bounds: dict[str, tuple[Integers, Integers]]) -> dic
     buffers = [None, pa.py_buffer(edges), pa.py_buffer(records.buffer)]
     cut = pa.Array.from_buffers(pa.large_binary(), pieces, buffers)
     width = 2 * len(bounds)
-    return {
-        name: cut.take(pa.array(np.arange(place, pieces, width))).cast(pa.large_string())
-        for name, place in zip(bounds, range(0, width, 2), strict=True)
-    }
+    texts = {}
+    for place, name in enumerate(bounds):
+        every = np.arange(2 * place, pieces, width)
+        # pa.array() would import pandas first, where it is installed: a second of the worker's start.
+        texts[name] = cut.take(pa.Array.from_buffers(pa.int64(), len(every), [None, pa.py_buffer(every)]))
+    return {name: text.cast(pa.large_string()) for name, text in texts.items()}
 
 
-def decode_batch(value: bytes) -> pl.DataFrame | None:
-    """The readings of a UsageBatch as the columns of the layout; None when the codec must look at it.
+def decode_batches(values: Sequence[bytes | None]) -> tuple[pl.DataFrame, list[int]]:
+    """The readings of UsageBatch records as columns, with `place` (which of the records) and `index` in it.
 
-    The value is in the wire format and names the schema of UsageBatch.
+    Also returns which places the codec must look at.  The values are in the wire format and name the
+    schema of UsageBatch, or are None.  Readings have no known bounds, so they are read one by one.
     """
+    columns: dict[str, list[Any]] = {name: [] for name in ("place", "index", *COLUMNS)}
+    left = []
+    for place, value in enumerate(values):
+        readings = _readings(value) if value else None
+        if readings is None:
+            left.append(place)
+            continue
+        columns["place"] += [place] * len(readings)
+        columns["index"] += range(len(readings))
+        for name, column in zip(COLUMNS, zip(*readings, strict=True), strict=False):
+            columns[name] += column
+    frame = pl.DataFrame(columns, schema={"place": pl.Int64, "index": pl.Int32, **_PHYSICAL})
+    return frame.select("place", "index").hstack(_ordered(frame)), left
+
+
+def _readings(value: bytes) -> list[tuple[Any, ...]] | None:
+    """The readings of a UsageBatch as rows of COLUMNS; None where anything is not as it should be."""
     body = io.BytesIO(value)
     body.seek(_HEADER_BYTES)
     try:
         batch = fastavro.schemaless_reader(body, _plain("UsageBatch"))
-        readings = batch["usages"]
-        quantities = [int.from_bytes(each["quantity"], "big", signed=True) for each in readings]
-        frame = pl.DataFrame(
-            {
-                "id": pl.Series([each["id"] for each in readings], dtype=pl.String),
-                "revision": pl.Series([each["revision"] for each in readings], dtype=pl.Int64),
-                "item_id": pl.Series([each["item_id"] for each in readings], dtype=pl.String),
-                "quantity_micros": pl.Series(quantities, dtype=pl.Int64),
-                "occurred_at": pl.Series([each["occurred_at"] for each in readings], dtype=pl.Int64),
-            }
-        )
+        supplier_id, ods_code = batch["supplier_id"], batch["ods_code"]
+        readings = [
+            (
+                each["id"],
+                each["revision"],
+                supplier_id,
+                ods_code,
+                each["item_id"],
+                int.from_bytes(each["quantity"], "big", signed=True),
+                each["occurred_at"],
+            )
+            for each in batch["usages"]
+        ]
     except Exception:  # fastavro raises nearly anything on hostile bytes; the codec says what is wrong
         return None
-    if body.tell() != len(value):
-        return None
-    return _ordered(frame.with_columns(supplier_id=pl.lit(batch["supplier_id"]), ods_code=pl.lit(batch["ods_code"])))
+    sound = body.tell() == len(value) and all(-_INT64 <= each[5] < _INT64 for each in readings)
+    return readings if sound else None
 
 
 def _ordered(frame: pl.DataFrame) -> pl.DataFrame:

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from streams.codec import Codec, Undecodable, released, schema_source
-from streams.columns import COLUMNS, LAYOUT, decode, decode_batch
+from streams.columns import COLUMNS, LAYOUT, decode, decode_batches
 from streams.settings import Settings
 
 CODEC = Codec(Settings())
@@ -129,14 +129,15 @@ def test_the_readings_of_a_batch(values: list[dict[str, Any]], data: st.DataObje
     """A batch's readings would differ from the same readings sent one by one."""
     plain = [{key: each for key, each in value.items() if key not in ("supplier_id", "ods_code")} for value in values]
     whole = CODEC.encode("UsageBatch", {"supplier_id": "10030", "ods_code": "A83005", "usages": plain})
-    decoded = decode_batch(whole)
-    assert decoded is not None
     expected = [row_of({**value, "supplier_id": "10030", "ods_code": "A83005"}) for value in values]
-    assert decoded.rows() == expected
     place = data.draw(st.integers(5, len(whole) - 1))
     changed = whole[:place] + bytes([data.draw(st.integers(0, 255))]) + whole[place + 1 :]
-    again = decode_batch(changed)
-    if again is not None:
+    frame, left = decode_batches([whole, changed, None, whole])
+    assert 2 in left
+    assert frame.filter(place=0).select(COLUMNS).rows() == expected
+    assert frame.filter(place=3).select(COLUMNS).rows() == expected
+    assert frame.filter(place=3)["index"].to_list() == list(range(len(values)))
+    if 1 not in left:
         try:
             read = CODEC.decode(changed, ("UsageBatch",)).value
         except Undecodable as error:
@@ -144,7 +145,8 @@ def test_the_readings_of_a_batch(values: list[dict[str, Any]], data: st.DataObje
             assert "OverflowError" in str(error) or "out of range" in str(error)  # noqa: PT017
         else:
             parties = {name: read[name] for name in ("supplier_id", "ods_code")}
-            assert again.rows() == [row_of({**each, **parties}) for each in read["usages"]]
+            again = frame.filter(place=1).select(COLUMNS).rows()
+            assert again == [row_of({**each, **parties}) for each in read["usages"]]
 
 
 def test_the_layout_is_the_schema() -> None:

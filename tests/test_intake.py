@@ -11,6 +11,8 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import polars as pl
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +22,7 @@ from agents.intake import CODE_MAX_CHARACTERS, ID_MAX_CHARACTERS, Intake
 from sinks.dead_letters import DeadLetter
 from streams.batch import Batch
 from streams.codec import Codec
-from streams.columns import Decoded, decode
+from streams.columns import Decoded, decode, decode_batches
 from streams.settings import Settings
 
 CODEC = Codec(Settings())
@@ -101,7 +103,10 @@ def test_by_columns_as_by_readings(
     def nothing(values: Sequence[bytes | None], schema_id: int) -> Decoded:
         return Decoded(decode([], schema_id).frame, np.zeros(len(values), np.bool_))
 
-    with mock.patch.object(intake, "decode", nothing), mock.patch.object(intake, "decode_batch", return_value=None):
+    def no_batches(values: Sequence[bytes | None]) -> tuple[pl.DataFrame, list[int]]:
+        return decode_batches([])[0], list(range(len(values)))
+
+    with mock.patch.multiple(intake, decode=nothing, decode_batches=no_batches):
         rows_one_by_one, letters_one_by_one = done(agent, batch, speaker)
     assert rows == rows_one_by_one
     assert letters == letters_one_by_one
@@ -142,9 +147,6 @@ def test_blocks_hold_all_rows_in_order(rows: int) -> None:
     ]  # fmt: skip
     with mock.patch.object(intake, "BLOCK_ROWS", rows):
         agent.do(Batch("usage", 0, records))
-    import polars as pl
-    import pyarrow as pa
-
     offsets = []
     for _, block in sent:
         with pa.ipc.open_stream(block) as reader:
