@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from aiokafka.errors import IllegalStateError
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 
@@ -35,29 +36,71 @@ class Folded:
     serialized_value_size: int = 0
 
 
+class _Thread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]  # faust is untyped
+    """The thread that talks to the broker."""
+
+    def _create_worker_consumer(self, transport: Any) -> Any:
+        consumer = super()._create_worker_consumer(transport)
+        # Faust also reads what a producer's transaction took back, unless it writes in some itself.
+        consumer._isolation_level = "read_committed"
+        return consumer
+
+
 class Consumer(driver.Consumer):  # type: ignore[misc]  # faust is untyped
     """Folds each fetched partition into one message and commits what agents have finished."""
 
     def on_init(self) -> None:
         """Faust's hook: also called when the consumer is started again."""
         super().on_init()
-        #: By partition, one past the last offset that its agent has done.
-        self.finished: dict[TP, int] = {}
+        #: By partition, one past the last record handed over, done by its agent, and done but not committed.
+        self._handed: dict[TP, int] = {}
+        self._done: dict[TP, int] = {}
+        self._finished: dict[TP, int] = {}
+
+    def finish(self, tp: TP, end_offset: int) -> None:
+        """Says that all records of a partition before an offset are done; `commit` tells the broker."""
+        self._done[tp] = self._finished[tp] = end_offset
 
     async def on_partitions_revoked(self, revoked: set[TP]) -> None:
         """What was done but not committed is its next owner's to read again."""
         for tp in revoked:
-            self.finished.pop(tp, None)
+            for known in (self._handed, self._done, self._finished):
+                known.pop(tp, None)
         await super().on_partitions_revoked(revoked)
+
+    def _new_consumer_thread(self) -> _Thread:
+        return _Thread(self, loop=self.loop, beacon=self.beacon)
 
     async def _getmany(self, active_partitions: set[TP] | None, timeout: float) -> dict[TP, list[Folded]]:
         fetched = await super()._getmany(active_partitions, timeout)
-        return {tp: [_fold(records)] for tp, records in fetched.items() if records}
+        folded = {tp: [_fold(records)] for tp, records in fetched.items() if records}
+        for tp, [message] in folded.items():
+            self._handed[tp] = message.offset + 1
+        if not folded:
+            await self._commit_past_markers(active_partitions or set())
+        return folded
+
+    async def _commit_past_markers(self, partitions: set[TP]) -> None:
+        """Commits past what is no record, where no record is left: the markers that end transactions.
+
+        Otherwise a close would wait for ever for a log that ends with one.
+        """
+        for tp in partitions:
+            if self._handed.get(tp) != self._done.get(tp):
+                continue
+            try:
+                position = await self.position(tp)
+            except IllegalStateError:
+                continue  # revoked meanwhile
+            if position is not None and position > (self._done.get(tp) or self._committed_offset[tp] or 0):
+                await self._commit_offsets({tp: position})
+                if tp in self._done:
+                    self._handed[tp] = self._done[tp] = position
 
     def _new_offset(self, tp: TP) -> int | None:
         self._acked[tp].clear()
         self._acked_index[tp].clear()
-        return self.finished.pop(tp, None)
+        return self._finished.pop(tp, None)
 
     async def _add_gap(self, tp: TP, offset_from: int, offset_to: int) -> None:
         """Gaps are the rule between folded messages; there is nothing to wait for in them."""

@@ -17,6 +17,7 @@ import asyncio
 import logging
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import faust
@@ -56,6 +57,18 @@ STUCK_SECONDS = 300
 
 
 class _App(faust.App):  # type: ignore[misc]  # faust is untyped
+    #: The worker sets it: whether a batch is in hand.
+    is_busy: Callable[[], bool]
+
+    async def _consumer_wait_empty(self, consumer: Any, logger: Any) -> None:
+        """Lets the batch in hand end and be committed before the worker stops or loses its partitions.
+
+        One that takes longer than the group waits is done again by the next owner, which is harmless.
+        """
+        until = time.monotonic() + float(self.conf.broker_session_timeout) / 3
+        while self.is_busy() and time.monotonic() < until:
+            await asyncio.sleep(0.01)
+
     def _new_transport(self) -> Any:
         return Transport(self.conf.broker_consumer, self)
 
@@ -122,6 +135,7 @@ class Worker:
             web_host="127.0.0.1",
             **security,
         )
+        app.is_busy = lambda: self.in_hand_since is not None
         topics = app.topic(*self.agent.topics(), value_serializer="raw", key_serializer="raw")
 
         async def work(stream: Any) -> None:
@@ -162,7 +176,7 @@ class Worker:
                     await self.app.crash(SystemExit(70))
                     raise
         tp = TP(batch.topic, batch.partition)
-        self.app.consumer.finished[tp] = batch.end_offset
+        self.app.consumer.finish(tp, batch.end_offset)
         event.ack()
         await self.app.consumer.commit({tp})
         self.in_hand_since = None

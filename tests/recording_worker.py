@@ -1,0 +1,53 @@
+"""A worker for tests of the transport: writes down what it was handed, and can be slow or stand still.
+
+`python -m tests.recording_worker FILE TOPIC` with the settings in the environment.  Each batch is a line
+in FILE when its agent takes it and another when it is done.  While FILE.hold exists a batch stays in hand.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from streams.agent import Agent
+from streams.batch import Batch
+from streams.settings import Settings
+from streams.worker import Worker
+
+
+class Recorder(Agent):
+    """Writes down what it is handed."""
+
+    role: ClassVar[str] = "recorder"
+
+    def __init__(self, file: Path, topic: str) -> None:
+        self._file = file
+        self._topic = topic
+        self._hold = file.with_suffix(".hold")
+
+    def topics(self) -> Sequence[str]:
+        """The one topic."""
+        return [self._topic]
+
+    def do(self, batch: Batch) -> None:
+        """Writes the batch down, waits while it is told to, and writes down that it is done."""
+        self._write("taken", batch)
+        while self._hold.exists():
+            time.sleep(0.02)
+        self._write("done", batch)
+
+    def _write(self, what: str, batch: Batch) -> None:
+        offsets = [record.offset for record in batch.records]
+        values = [record.value.decode().strip() if record.value else None for record in batch.records]
+        line = {"what": what, "pid": os.getpid(), "partition": batch.partition, "offsets": offsets, "values": values}
+        with self._file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(Worker(Recorder(Path(sys.argv[1]), sys.argv[2]), Settings.load()).run())
