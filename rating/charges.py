@@ -134,7 +134,7 @@ def quantity_pieces(line: Line, book: Book, first: int, end: int) -> list[tuple[
     The quantity is the list size of the day for a price per patient (the ordered quantity before
     the practice's first list size, RULES 2.2), else the declared one.
     """
-    found = []
+    found: list[tuple[int, int, Price, int]] = []
     for start, until, price in line.price.pieces(first, end):
         if price.provisioning != "patient":
             for low, high, quantity in line.quantity.pieces(start, until):

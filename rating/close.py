@@ -107,7 +107,8 @@ def _earn(line: Line, months: Months, until: int, coverage: Coverage, derived: D
     entitlement = Entitlement()
     for month, split in months.items():
         shares = settle(split, month, coverage)
-        for payer, grown in entitlement.add_month(shares, partial(payer_order, line, month)).items():
+        growth = entitlement.add_month(charge_of(split), shares, partial(payer_order, line, month))
+        for payer, grown in growth.items():
             into[ChargeKey(order_number, item_id, ods_code, supplier_id, payer, month)] = grown
 
 

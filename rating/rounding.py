@@ -21,17 +21,20 @@ class Entitlement:
         self.payers_exact: dict[str, Exact] = {}
         self.payers_pence: dict[str, int] = {}
 
-    def add_month(self, shares: Mapping[str, Exact], ties: Callable[[], Sequence[str]]) -> dict[str, int]:
-        """Adds a month's exact shares; returns the pence that each payer's part grew by.
+    def add_month(
+        self, charge: Exact, shares: Mapping[str, Exact], ties: Callable[[], Sequence[str]]
+    ) -> dict[str, int]:
+        """Adds a month's exact charge and its payers' shares; returns the pence that each payer's part grew by.
 
-        `ties` gives the payers of the waterfall in force on the month's last day, in its order.
+        The shares sum to the charge, which is a whole number where they often are not.  `ties` gives
+        the payers of the waterfall in force on the month's last day, in its order.
         """
         if len(shares) == 1 and (shares.keys() == self.payers_exact.keys() or not self.payers_exact):
             return self._add_all_to_one(*shares.items())
         taking = [payer for payer, share in shares.items() if share]
         for payer in taking:
             self.payers_exact[payer] = self.payers_exact.get(payer, 0) + shares[payer]
-        self.exact = whole(self.exact + sum(shares.values()))
+        self.exact = whole(self.exact + charge)
         earned = round_half_away(self.exact, GRAINS)
         kept = sum([pence for payer, pence in self.payers_pence.items() if payer not in taking])
         rounded = self._round(taking, earned - kept, ties)

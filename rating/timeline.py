@@ -17,11 +17,13 @@ class Timeline(Generic[Value]):
     it has one.  Held as steps: on days from `days[i]` to before `days[i + 1]` it is `values[i]`.
     """
 
-    __slots__ = ("days", "values")
+    __slots__ = ("days", "is_constant", "values")
 
     def __init__(self, initial: Value) -> None:
         self.days: list[int] = [NEVER]
         self.values: list[Value] = [initial]
+        #: Whether nothing has been painted over the first value: nearly all are so, and need no search.
+        self.is_constant = True
 
     def paint(self, first: int, end: int, value: Value) -> None:
         """From `first` until before `end` the value is `value`.  An empty interval paints nothing."""
@@ -31,16 +33,12 @@ class Timeline(Generic[Value]):
         low = bisect_left(self.days, first)
         high = bisect_right(self.days, end)
         days, values = [first], [value]
+        self.is_constant = False
         if end < FOREVER:
             days.append(end)
             values.append(after)  # type: ignore[arg-type]  # set whenever end is not FOREVER
         self.days[low:high] = days
         self.values[low:high] = values
-
-    @property
-    def is_constant(self) -> bool:
-        """Whether nothing has been painted over the first value."""
-        return len(self.days) == 1
 
     def at(self, day: int) -> Value:
         """The value on a day."""
@@ -48,8 +46,10 @@ class Timeline(Generic[Value]):
 
     def pieces(self, first: int, end: int) -> list[tuple[int, int, Value]]:
         """The steps inside `[first, end)`: (from, to, value), in order, covering all of it."""
+        if self.is_constant:
+            return [(first, end, self.values[0])] if first < end else []
         days, values = self.days, self.values
-        index = 0 if self.is_constant else bisect_right(days, first) - 1
+        index = bisect_right(days, first) - 1
         if index + 1 == len(days) or end <= days[index + 1]:
             return [(first, end, values[index])] if first < end else []
         found = []

@@ -395,10 +395,10 @@ def test_a_payer_that_takes_nothing_keeps_its_pence() -> None:
     """3.10: the others are rounded to sum to what remains; ties go by the waterfall, then by payer code."""
     entitlement = Entitlement()
     half = GRAINS // 2
-    assert entitlement.add_month({"B": half, "A": half}, lambda: ["B", "A"]) == {"B": 1}
-    assert entitlement.add_month({"A": half}, lambda: ["B", "A"]) == {"A": 1}
+    assert entitlement.add_month(2 * half, {"B": half, "A": half}, lambda: ["B", "A"]) == {"B": 1}
+    assert entitlement.add_month(half, {"A": half}, lambda: ["B", "A"]) == {"A": 1}
     assert entitlement.payers_pence == {"B": 1, "A": 1}
-    assert Entitlement().add_month({"B": half, "A": half}, list) == {"A": 1}
+    assert Entitlement().add_month(2 * half, {"B": half, "A": half}, list) == {"A": 1}
 
 
 # --- section 1: what is refused, by name ------------------------------------------------------------
