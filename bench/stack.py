@@ -6,7 +6,10 @@ its readiness, committed offsets, rows in ClickHouse, and what the kernel says o
 
 from __future__ import annotations
 
+import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +38,18 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 def say(text: str) -> None:
     """A line of progress."""
     print(text, file=sys.stderr, flush=True)
+
+
+def machine() -> str:
+    """The machine in a few words."""
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return f"{os.cpu_count()} cores, {model.group(1).strip() if model else platform.machine()}"
+
+
+def write(name: str, result: dict[str, Any]) -> None:
+    """Writes bench/results/<name>.json."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 # --- the broker -----------------------------------------------------------------------------
@@ -146,7 +161,8 @@ class Worker:
     def ready(self) -> bool:
         """Whether it has its partitions.  Raises RuntimeError with its log when it has ended."""
         if self.process.exit_code is not None:
-            raise RuntimeError(f"the {self.role} worker ended with {self.process.exit_code}:\n{self.process.log_tail()}")
+            ended = f"the {self.role} worker ended with {self.process.exit_code}"
+            raise RuntimeError(f"{ended}:\n{self.process.log_tail()}")
         asked, cpu = time.monotonic(), cpu_seconds(self.pid)
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/ready", timeout=1) as answer:

@@ -4,8 +4,9 @@
 
 - tribill: intake and usage agents, a worker each, with Redis and ClickHouse, up to the ledger, the
   day totals and the committed offsets; then the same with `UsageBatch` records of 100 readings;
-- faust: a Faust agent, event by event; quix: Quix Streams; bytewax: Bytewax; each decodes with
-  fastavro and keeps a sum per practice in memory;
+- faust: a Faust agent, event by event, that decodes with fastavro and adds up in a dictionary;
+- quix, bytewax: Quix Streams and Bytewax, decoding with fastavro and adding up in their own state, by
+  practice; quix_dict, bytewax_dict: the same with a dictionary instead, as cheap as state can be;
 - fetch: raw aiokafka `getmany`, no decoding.
 
 The topic is filled before. The clock runs from the first record (for tribill: from the last instant at
@@ -17,11 +18,19 @@ Prints events/s, CPU and memory; writes bench/results/usage.json and usage.svg.
 from __future__ import annotations
 
 import argparse
+import json
+import platform
+import subprocess
+import tempfile
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 from bench.peers import environment
+from bench.plot import bars
 from bench.profile import profiled
-from bench.stack import Measured, Meter, Stack, broker, measure, say
+from bench.stack import RESULTS, ROOT, Log, Measured, Meter, Stack, broker, machine, measure, say, write
 from bench.workload import (
     BATCHES_TOPIC,
     BATCHING_SUPPLIER,
@@ -33,14 +42,22 @@ from bench.workload import (
 )
 
 ROLES = ("intake", "usage")
-PEERS = ("bytewax", "quix", "fetch", "faust")
+#: Each peer, and the package that it needs.
+PEERS = {
+    "bytewax": "bytewax",
+    "bytewax_dict": "bytewax",
+    "quix": "quixstreams",
+    "quix_dict": "quixstreams",
+    "fetch": "aiokafka",
+    "faust": "faust",
+}
 EVERYONE = ("tribill", "tribill_batch", *PEERS)
 READINGS_A_BATCH = 100
 
 
 def run_tribill(stack: Stack, events: int, rows_before: int, profile: Path | None) -> Measured:
     """What the usage path takes for the events that wait for it."""
-    say("starting the workers ...")
+    say("tribill ...")
     (usage,) = stack.start("usage")
     watched = {"usage": [usage.pid]} | {name: [pid] for name, pid in stack.parts().items()}
     meter = Meter(watched)
@@ -51,40 +68,133 @@ def run_tribill(stack: Stack, events: int, rows_before: int, profile: Path | Non
         return measure(stack, events, rows_before, meter)
 
 
-def tribill(stack: Stack, only: list[str], singles: Sent, options: argparse.Namespace) -> dict[str, Measured]:
+def tribill(stack: Stack, singles: Sent, options: argparse.Namespace) -> dict[str, Measured]:
     """tribill's results, with single readings and in batches."""
     found = {}
-    if "tribill" in only:
+    if "tribill" in options.only:
         found["tribill"] = run_tribill(stack, singles.readings, 0, options.profile)
         stack.check_ledger(TOPIC, singles.readings, singles.micros)
         stack.stop_workers()
-    if "tribill_batch" in only:
+    if "tribill_batch" in options.only:
         usage = Usage(supplier=BATCHING_SUPPLIER, seed=1)
         sent = send(stack.settings, BATCHES_TOPIC, list(usage.batches(options.events, READINGS_A_BATCH)))
-        before = stack.rows()
-        found["tribill_batch"] = run_tribill(stack, sent.readings, before, options.profile and options.profile / "batch")
+        folder = options.profile and options.profile / "batch"
+        found["tribill_batch"] = run_tribill(stack, sent.readings, stack.rows(), folder)
         stack.check_ledger(BATCHES_TOPIC, sent.readings, sent.micros)
         stack.stop_workers()
     return found
 
 
+# --- the peers ------------------------------------------------------------------------------
+
+
+def run_peer(name: str, log: Log, sent: Sent) -> Measured | None:
+    """What a peer takes for the same records; None where there is no wheel of it for this Python."""
+    if not environment.has(PEERS[name]):
+        say(f"{name}: no wheel for Python {platform.python_version()} on {platform.machine()}; left out")
+        return None
+    say(f"{name} ...")
+    program = str(Path(__file__).parent / "peers" / f"{name}_peer.py")
+    command = [str(environment.PYTHON), program, "--broker", log.address, "--topic", TOPIC]
+    command += ["--events", str(sent.readings), "--schema", str(ROOT / "schemas" / "avro" / "Usage.avsc")]
+    with tempfile.TemporaryDirectory(prefix="tribill-bench-") as folder:  # Quix keeps its state where it runs
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"events"')]
+    if not lines:
+        raise RuntimeError(f"{name} ended with {done.returncode} and no result:\n{done.stdout}\n{done.stderr}"[-4_000:])
+    took = json.loads(lines[-1])
+    assert took["events"] == sent.readings, f"{name} counted {took['events']} of {sent.readings} records"
+    if name != "fetch":
+        micros = int(Decimal(took["quantity"]) * 10**6)
+        assert micros == sent.micros, f"{name} summed {micros} micros, {sent.micros} were sent"
+    return Measured(took["events"], took["seconds"], {"peer": took["cpu"]}, {"peer": took["peak_mib"]})
+
+
+# --- what comes out -------------------------------------------------------------------------
+
+
+def result(name: str, measured: Measured | None) -> dict[str, Any] | None:
+    """What is kept of a measurement."""
+    if measured is None:
+        return None
+    workers = ROLES if "intake" in measured.cpu else ("peer",)
+    kept: dict[str, Any] = {
+        "events_per_second": measured.rate,
+        "events": measured.events,
+        "seconds": round(measured.seconds, 3),
+        "cpu_us_per_event": measured.cpu_us(workers),
+        "peak_mib": max(measured.peak_mib[each] for each in workers),
+    }
+    if len(measured.cpu) > 1:
+        kept["cpu_us_per_event_by_process"] = {each: measured.cpu_us([each]) for each in sorted(measured.cpu)}
+        kept["peak_mib_by_process"] = dict(sorted(measured.peak_mib.items()))
+    return kept
+
+
+def summary(broker_name: str, options: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
+    """The content of bench/results/usage.json."""
+    tribill = found["tribill"]
+    rates = {name: each and each["events_per_second"] for name, each in found.items()}
+    return {
+        **rates,
+        "worker_cpu_us_per_event": tribill["cpu_us_per_event"],
+        "worker_cpu_us_per_event_by_role": {r: tribill["cpu_us_per_event_by_process"][r] for r in ROLES},
+        "worker_peak_mib": tribill["peak_mib"],
+        "ratios": {
+            f"tribill/{name}": round(rates["tribill"] / rates[name], 2) for name in PEERS if rates.get(name)
+        },
+        "broker": broker_name,
+        "day": date.today().isoformat(),  # noqa: DTZ011  # of the machine, for the record
+        "machine": machine(),
+        "python": platform.python_version(),
+        "messages": options.events,
+        "details": found,
+    }
+
+
+def shown(found: dict[str, Any]) -> str:
+    """The table for the terminal."""
+    lines = [f"{'':14}{'events/s':>10}{'CPU s / million':>17}{'peak MiB':>10}{'tribill is':>12}"]
+    first = found.get("tribill")
+    for name, each in found.items():
+        if each is None:
+            lines.append(f"{name:14}{'no wheel':>10}")
+            continue
+        ratio = f"{first['events_per_second'] / each['events_per_second']:.2f}x" if first else ""
+        figures = f"{each['events_per_second']:>10,}{each['cpu_us_per_event']:>17.2f}{each['peak_mib']:>10,}{ratio:>12}"
+        lines.append(f"{name:14}{figures}")
+    for name in ("tribill", "tribill_batch"):
+        if each := found.get(name):
+            shares = ", ".join(f"{part} {us:.2f}" for part, us in each["cpu_us_per_event_by_process"].items())
+            lines.append(f"{name}, microseconds of CPU an event: {shares}")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Runs the comparison."""
     options = arguments()
+    if options.profile or set(options.only) & set(PEERS):
+        environment.make()
+    found: dict[str, Any] = {}
     with broker() as log:
         say(f"{log.name}; {options.events:,} events for {', '.join(options.only)}")
         with Stack(log, supplier_topics=SUPPLIERS) as stack:
             records = [(key, value, units, 1) for key, value, units in Usage().singles(options.events)]
             singles = send(stack.settings, TOPIC, records)
-            size = sum(len(value) for _, value, _, _ in records)
-            say(f"sent {singles.readings:,} records of {size / len(records):.0f} bytes")
+            size = sum(len(value) for _, value, _, _ in records) / len(records)
             del records
-            found = tribill(stack, options.only, singles, options)
-    for name, measured in found.items():
-        print(name, measured.rate, "events/s", {k: round(v / measured.events * 1e6, 2) for k, v in measured.cpu.items()}, measured.peak_mib)
-    if options.profile:
-        for role in ROLES:
-            print((options.profile / f"{role}.txt").read_text())
+            say(f"sent {singles.records:,} records of {size:.0f} bytes")
+            found |= {name: result(name, each) for name, each in tribill(stack, singles, options).items()}
+        for name in PEERS:
+            if name in options.only:
+                found[name] = result(name, run_peer(name, log, singles))
+    print(shown(found))
+    if set(found) == set(EVERYONE):
+        write("usage", summary(log.name, options, found))
+        rates = {name: each["events_per_second"] for name, each in found.items() if each}
+        (RESULTS / "usage.svg").write_text(bars(f"events a second, {log.name}, {machine()}", rates))
+    for role in ROLES if options.profile else ():
+        print(f"\n{role}:\n{(options.profile / role).with_suffix('.txt').read_text()}")
 
 
 def arguments() -> argparse.Namespace:

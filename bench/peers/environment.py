@@ -25,3 +25,9 @@ def make() -> None:
     install = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--require-hashes"]
     subprocess.run([*install, "--only-binary", ":all:", "-r", str(_LOCK)], check=True)
     mark.write_text(_LOCK.read_text())
+
+
+def has(package: str) -> bool:
+    """Whether the environment has a package: one without a wheel for this Python is left out of it."""
+    found = subprocess.run([str(PYTHON), "-c", f"import {package}"], capture_output=True, check=False)
+    return found.returncode == 0
