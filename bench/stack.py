@@ -24,7 +24,7 @@ from typing import Any, Self
 
 from sinks.clickhouse import ClickHouse
 from streams.settings import Settings
-from streams.topics import USAGE_ACCEPTED, Broker, usage_topics
+from streams.topics import STAGES, Broker
 from tests.kafka.broker import kafka
 from tribill.embedded import broker as tansu
 from tribill.embedded.process import Process, free_port
@@ -230,10 +230,11 @@ class Stack:
         """How many rows the ledger has; a batch that was read again may count twice."""
         return int(self.clickhouse.query("SELECT count() FROM usage")[0][0])
 
-    def all_done(self) -> bool:
-        """Whether intake and usage have committed all that there is."""
-        for role, topics in (("intake", usage_topics(self.settings)), ("usage", [USAGE_ACCEPTED])):
-            if self._broker.behind(f"tribill-{role}", self._broker.end_offsets(topics)):
+    def all_done(self, roles: Sequence[str] = ("intake", "usage")) -> bool:
+        """Whether these roles have committed all that there is."""
+        for role, topics in STAGES:
+            ends = self._broker.end_offsets(topics(self.settings)) if role in roles else {}
+            if ends and self._broker.behind(f"tribill-{role}", ends):
                 return False
         return True
 

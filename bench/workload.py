@@ -96,14 +96,14 @@ def practice_codes(count: int) -> list[str]:
     return codes + [f"X{number:05d}" for number in range(count - len(codes))]
 
 
-def producer(settings: Settings) -> Producer:
+def producer(settings: Settings, linger_ms: int = 20) -> Producer:
     """As a supplier would send: keyed, murmur2, lz4."""
     return Producer(
         client_settings(settings)
         | {
             "partitioner": "murmur2_random",
             "compression.type": "lz4",
-            "linger.ms": "20",
+            "linger.ms": str(linger_ms),
             "queue.buffering.max.messages": "1000000",
             "log_level": "0",
         }
