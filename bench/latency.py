@@ -11,17 +11,16 @@ Prints p50, p99 and the longest; writes bench/results/latency.json.
 from __future__ import annotations
 
 import argparse
-import platform
 import threading
 import time
 from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from bench.stack import Meter, Stack, broker, machine, say, wait, write
-from bench.workload import SUPPLIER, SUPPLIERS, TOPIC, Usage, practice_codes, producer
+from bench.stack import Meter, Stack, broker, say, wait, write
+from bench.workload import SUPPLIER, SUPPLIERS, TOPIC, Record, Usage, practice_codes, producer
 from sinks.clickhouse import ClickHouse
 from streams.topics import CONTRACT_CHANGES
 from tribill.interchange import Publisher
@@ -91,7 +90,7 @@ def watch(
 def run(stack: Stack, rate: int, seconds: int, practices: int, pids: dict[str, list[int]]) -> dict[str, Any]:
     """Latencies at a rate."""
     usage = Usage(items=1, practices=practices, seed=rate)
-    records = list(usage.singles(rate * (seconds + WARM_SECONDS)))
+    records = usage.singles(rate * (seconds + WARM_SECONDS))
     clickhouse = ClickHouse(stack.settings)
     watched = {code: Watched(0) for code in practice_codes(PRACTICES_AN_ORDER)}
     watched |= {code: Watched(seen) for code, seen in clickhouse.query(_SEEN, {"order": WATCHED})}
@@ -129,14 +128,14 @@ def run(stack: Stack, rate: int, seconds: int, practices: int, pids: dict[str, l
     return shown
 
 
-def send_paced(stack: Stack, records: list[tuple[str, bytes, int]], rate: int, watched: dict[str, Watched]) -> None:
+def send_paced(stack: Stack, records: list[Record], rate: int, watched: dict[str, Watched]) -> None:
     """Sends records at a steady rate."""
     outbox = producer(stack.settings, linger_ms=2)
     totals: dict[str, int] = defaultdict(int, {code: each.seen for code, each in watched.items()})
     started, sent = time.monotonic(), 0
     while sent < len(records):
         due = min(len(records), int((time.monotonic() - started) * rate))
-        for key, value, units in records[sent:due]:
+        for key, value, units, _ in records[sent:due]:
             if practice := watched.get(key):
                 totals[key] += units
                 practice.sent_at.append(time.monotonic())
@@ -165,15 +164,7 @@ def main() -> None:
         pids |= {name: [pid] for name, pid in stack.parts().items()}
         wait(lambda: stack.all_done(("contracts", "charges")), 300, "the orders to be known", every=1)
         found = [run(stack, int(rate), options.seconds, options.practices, pids) for rate in options.rates.split(",")]
-    result = {
-        "broker": log.name,
-        "day": date.today().isoformat(),  # noqa: DTZ011  # of the machine, for the record
-        "machine": machine(),
-        "python": platform.python_version(),
-        "charge_lines": options.practices,
-        "rates": found,
-    }
-    write("latency", result)
+    write("latency", log, {"charge_lines": options.practices, "rates": found})
 
 
 if __name__ == "__main__":

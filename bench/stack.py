@@ -19,9 +19,11 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any, Self
 
+from bench.workload import Record, send
 from sinks.clickhouse import ClickHouse
 from streams.settings import Settings
 from streams.topics import STAGES, Broker
@@ -46,10 +48,17 @@ def machine() -> str:
     return f"{os.cpu_count()} cores, {model.group(1).strip() if model else platform.machine()}"
 
 
-def write(name: str, result: dict[str, Any]) -> None:
-    """Writes bench/results/<name>.json."""
+def write(name: str, log: Log, result: dict[str, Any]) -> None:
+    """Writes bench/results/<name>.json, with what it was measured on."""
+    about = {
+        "broker": log.name,
+        "day": date.today().isoformat(),  # noqa: DTZ011  # of the machine, for the record
+        "machine": machine(),
+        "load_average": round(os.getloadavg()[1], 1),
+        "python": platform.python_version(),
+    }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(result | about, indent=1) + "\n")
 
 
 # --- the broker -----------------------------------------------------------------------------
@@ -188,7 +197,7 @@ class Stack:
         defaults: dict[str, Any] = {"partitions": 4, "session_timeout_seconds": 6 if "Tansu" in log.name else 30}
         self._installation = Installation(self.directory, Settings(kafka=log.address, **(defaults | settings)))
         self._log = log
-        self._workers: list[Worker] = []
+        self.workers: list[Worker] = []
 
     def __enter__(self) -> Self:
         self._installation.__enter__()
@@ -204,22 +213,24 @@ class Stack:
         self._folder.cleanup()
 
     def start(self, *roles: str) -> list[Worker]:
-        """Starts a worker a role, each when the one before has its partitions."""
+        """Starts a worker a role, each when the one before has its partitions; a role may stand twice."""
         started = []
         for role in roles:
-            worker = Worker(self, role, len(self._workers))
-            self._workers.append(worker)
+            worker = Worker(self, role, len(self.workers))
+            self.workers.append(worker)
             worker.wait_until_ready()
             started.append(worker)
+        # A second worker of a role has the first one share anew.
+        wait(lambda: all(worker.ready() for worker in started), 90, "the partitions shared")
         return started
 
     def stop_workers(self) -> None:
         """Stops all workers."""
-        for worker in self._workers:
+        for worker in self.workers:
             worker.process.ask_to_end()
-        for worker in self._workers:
+        for worker in self.workers:
             worker.process.terminate(15)
-        self._workers.clear()
+        self.workers.clear()
 
     def parts(self) -> dict[str, int]:
         """The process ids of broker, Redis and ClickHouse."""
@@ -290,6 +301,16 @@ class Meter:
         cpu = {name: after - self._cpu[name] for name, after in self._used().items()}
         peaks = {name: max(map(peak_mib, pids)) for name, pids in self._pids.items()}
         return Measured(events, seconds, cpu, peaks)
+
+
+def measure_sending(
+    stack: Stack, workers: Sequence[Worker], topic: str, records: Sequence[Record], seconds: float = 600
+) -> Measured:
+    """What the running workers take for records that are sent to them now, from the first to the last."""
+    pids = {role: [each.pid for each in workers if each.role == role] for role in ("intake", "usage")}
+    meter, before = Meter(pids | {name: [pid] for name, pid in stack.parts().items()}), stack.rows()
+    sent = send(stack.settings, topic, records)
+    return measure(stack, sent.readings, before, meter, seconds)
 
 
 def measure(stack: Stack, events: int, rows_before: int, meter: Meter, seconds: float = 600) -> Measured:

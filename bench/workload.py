@@ -23,6 +23,8 @@ TOPIC, BATCHES_TOPIC = f"{USAGE}.{SUPPLIER}", f"{USAGE}.{BATCHING_SUPPLIER}"
 SUPPLIERS = f"{SUPPLIER},{BATCHING_SUPPLIER}"
 SEED = 2026
 
+#: Key, value, units of quantity, and readings in it.
+Record = tuple[str, bytes, int, int]
 _QUANTITIES = [Decimal(each) for each in range(10)]
 
 
@@ -68,14 +70,30 @@ class Usage:
             }
             yield code, reading, units
 
-    def singles(self, count: int) -> Iterator[tuple[str, bytes, int]]:
-        """`Usage` records: key, value, units."""
+    def singles(self, count: int) -> list[Record]:
+        """So many `Usage` records."""
         encode = Codec(Settings()).encode
-        for code, reading, units in self.readings(count):
-            yield code, encode("Usage", reading | {"supplier_id": self.supplier, "ods_code": code}), units
+        return [
+            (code, encode("Usage", reading | {"supplier_id": self.supplier, "ods_code": code}), units, 1)
+            for code, reading, units in self.readings(count)
+        ]
 
-    def batches(self, count: int, size: int) -> Iterator[tuple[str, bytes, int, int]]:
-        """`UsageBatch` records of `size` readings of one practice each: key, value, units, readings."""
+    def each_line_once(self) -> list[Record]:
+        """`UsageBatch` records with a reading of every charge line, one record a practice."""
+        encode = Codec(Settings()).encode
+        by_practice: dict[str, list[str]] = {}
+        for code, item_id in self.lines():
+            by_practice.setdefault(code, []).append(item_id)
+        found, readings = [], self.readings(self.items * self.practices)
+        for code, items in by_practice.items():
+            taken = [next(readings) for _ in items]
+            usages = [reading | {"item_id": item} for (_, reading, _), item in zip(taken, items, strict=True)]
+            value = encode("UsageBatch", {"supplier_id": self.supplier, "ods_code": code, "usages": usages})
+            found.append((code, value, sum(units for _, _, units in taken), len(items)))
+        return found
+
+    def batches(self, count: int, size: int) -> Iterator[Record]:
+        """`UsageBatch` records of `size` readings of one practice each."""
         encode = Codec(Settings()).encode
         codes = practice_codes(self.practices)
         chance = random.Random(self.seed)
@@ -110,13 +128,8 @@ def producer(settings: Settings, linger_ms: int = 20) -> Producer:
     )
 
 
-def send_singles(settings: Settings, topic: str, usage: Usage, count: int) -> Sent:
-    """Sends single readings; returns when the broker has them."""
-    return send(settings, topic, [(key, value, units, 1) for key, value, units in usage.singles(count)])
-
-
-def send(settings: Settings, topic: str, records: Sequence[tuple[str, bytes, int, int]]) -> Sent:
-    """Sends records (key, value, units, readings); returns when the broker has them."""
+def send(settings: Settings, topic: str, records: Sequence[Record]) -> Sent:
+    """Sends records; returns when the broker has them."""
     failed: list[str] = []
     outbox = producer(settings)
 
