@@ -100,14 +100,18 @@ def compared(cases: list[dict[str, Any]], name: str) -> dict[str, list[float]]:
     }
 
 
+def numbers(text: str) -> list[int]:
+    """Whole numbers with commas between."""
+    return [int(each) for each in text.split(",")]
+
+
 def main() -> None:
     """Measures every case."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.growth", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    numbers = {"type": lambda text: [int(each) for each in text.split(",")], "metavar": "N,..."}
-    parser.add_argument("--lines", default=[1_000, 100_000, 1_000_000], help="charge lines", **numbers)
-    parser.add_argument("--rows", default=[0, 5_000_000], help="rows of history in the ledger", **numbers)
+    parser.add_argument("--lines", type=numbers, default="1000,100000,1000000", metavar="N,...", help="charge lines")
+    parser.add_argument("--rows", type=numbers, default="0,5000000", metavar="N,...", help="rows in the ledger before")
     parser.add_argument("--events", type=int, default=200_000, help="measured in each case (default %(default)s)")
     options = parser.parse_args()
     by_lines, by_rows = [], []

@@ -51,7 +51,7 @@ def place_orders(stack: Stack, practices: int) -> None:
     publisher = Publisher(stack.settings)
     began = (datetime.now(UTC) - timedelta(days=60)).date().isoformat()
     codes, item_id = practice_codes(practices), f"{SUPPLIER}-S-001"
-    price = {"type": "flat", "provisioning": "on_demand", "unit": "fragment", "time_unit": "none"}
+    price: dict[str, Any] = {"type": "flat", "provisioning": "on_demand", "unit": "fragment", "time_unit": "none"}
     price |= {"day_count": "month", "tiers": [{"from": "1", "price": "0.017"}]}
     funding = [{"payer": "NHSE", "take": "allocation"}, {"payer": "@ordering_party", "take": "rest"}]
     for start in range(0, practices, PRACTICES_AN_ORDER):
