@@ -23,6 +23,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Self
 
+import redis
+
 from bench.workload import Record, send
 from sinks.clickhouse import ClickHouse
 from streams.settings import Settings
@@ -248,6 +250,18 @@ class Stack:
             if ends and self._broker.behind(f"tribill-{role}", ends):
                 return False
         return True
+
+    def footprint(self) -> dict[str, int]:
+        """Bytes that a reading takes in Redis, as a claim, and in ClickHouse, compressed as its parts are now."""
+        claims = redis.Redis.from_url(self.settings.redis)
+        rows, size = self.clickhouse.query(
+            "SELECT sum(rows), sum(bytes_on_disk) FROM system.parts"
+            " WHERE active AND database = currentDatabase() AND table = 'usage'"
+        )[0]
+        return {
+            "redis_bytes_per_reading": int(claims.info("memory")["used_memory"]) // int(claims.dbsize()),
+            "ledger_bytes_per_reading": int(size) // int(rows),
+        }
 
     def check_ledger(self, topic: str, count: int, micros: int) -> None:
         """Raises AssertionError unless the ledger has these readings of a topic, each once, and their sum."""

@@ -112,7 +112,7 @@ def run_peer(name: str, log: Log, sent: Sent) -> Measured | None:
 # --- what comes out -------------------------------------------------------------------------
 
 
-def result(name: str, measured: Measured | None) -> dict[str, Any] | None:
+def result(measured: Measured | None) -> dict[str, Any] | None:
     """What is kept of a measurement."""
     if measured is None:
         return None
@@ -179,13 +179,14 @@ def main() -> None:
             size = sum(len(value) for _, value, _, _ in records) / len(records)
             del records
             say(f"sent {singles.records:,} records of {size:.0f} bytes")
-            found |= {name: result(name, each) for name, each in tribill(stack, singles, options).items()}
+            found |= {name: result(each) for name, each in tribill(stack, singles, options).items()}
+            footprint = stack.footprint() if found else {}
         for name in PEERS:
             if name in options.only:
-                found[name] = result(name, run_peer(name, log, singles))
+                found[name] = result(run_peer(name, log, singles))
     print(shown(found))
     if set(found) == set(EVERYONE):
-        write("usage", log, summary(options.events, found))
+        write("usage", log, summary(options.events, found) | footprint)
         rates = {name: each["events_per_second"] for name, each in found.items() if each}
         (RESULTS / "usage.svg").write_text(bars(f"events a second, {log.name}, {machine()}", rates))
     for role in ROLES if options.profile else ():
