@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
 import tempfile
 from decimal import Decimal
 from pathlib import Path
@@ -29,7 +28,7 @@ from typing import Any
 from bench.peers import environment
 from bench.plot import bars
 from bench.profile import profiled
-from bench.stack import RESULTS, ROOT, Log, Measured, Meter, Stack, broker, machine, measure, say, write
+from bench.stack import RESULTS, ROOT, Log, Measured, Meter, Stack, broker, machine, measure, say, wait, write
 from bench.workload import (
     BATCHES_TOPIC,
     BATCHING_SUPPLIER,
@@ -39,6 +38,7 @@ from bench.workload import (
     Usage,
     send,
 )
+from tribill.embedded.process import Process
 
 ROLES = ("intake", "usage")
 #: Each peer, and the package that it needs.
@@ -52,6 +52,8 @@ PEERS = {
 }
 EVERYONE = ("tribill", "tribill_batch", *PEERS)
 READINGS_A_BATCH = 100
+#: A peer that takes longer has hung.
+PEER_SECONDS = 300
 
 
 def run_tribill(stack: Stack, events: int, rows_before: int, profile: Path | None) -> Measured:
@@ -96,11 +98,16 @@ def run_peer(name: str, log: Log, sent: Sent) -> Measured | None:
     program = str(Path(__file__).parent / "peers" / f"{name}_peer.py")
     command = [str(environment.PYTHON), program, "--broker", log.address, "--topic", TOPIC]
     command += ["--events", str(sent.readings), "--schema", str(ROOT / "schemas" / "avro" / "Usage.avsc")]
-    with tempfile.TemporaryDirectory(prefix="tribill-bench-") as folder:  # Quix keeps its state where it runs
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"events"')]
-    if not lines:
-        raise RuntimeError(f"{name} ended with {done.returncode} and no result:\n{done.stdout}\n{done.stderr}"[-4_000:])
+    with tempfile.TemporaryDirectory(prefix="tribill-bench-") as folder:
+        environ = {"Quix__State__Dir": folder}
+        peer = Process(name, command, Path(folder), environment=environ)
+        try:
+            wait(lambda: peer.exit_code is not None, PEER_SECONDS, name)
+        finally:
+            peer.terminate()
+        lines = [line for line in peer.log.read_text().splitlines() if line.startswith('{"events"')]
+        if not lines:
+            raise RuntimeError(f"{name} ended with {peer.exit_code} and no result:\n{peer.log_tail()}")
     took = json.loads(lines[-1])
     assert took["events"] == sent.readings, f"{name} counted {took['events']} of {sent.readings} records"
     if name != "fetch":
