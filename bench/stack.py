@@ -157,8 +157,9 @@ class Worker:
     def __init__(self, stack: Stack, role: str, number: int = 0) -> None:
         self.role = role
         self._port = free_port()
-        #: The last instant at which the worker was seen without its partitions: it has taken nothing before.
+        #: The last instant before its first partitions at which it had none: it has taken nothing before.
         self.joined_after = 0.0
+        self._joined = False
         self.cpu_before = 0.0
         environment = replace(stack.settings, worker_port=self._port).environment()
         command = [sys.executable, "-m", "tribill", "worker", role]
@@ -178,10 +179,12 @@ class Worker:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/ready", timeout=1) as answer:
                 if answer.status == 200:
+                    self._joined = True
                     return True
         except OSError:
             pass
-        self.joined_after, self.cpu_before = asked, cpu
+        if not self._joined:
+            self.joined_after, self.cpu_before = asked, cpu
         return False
 
     def wait_until_ready(self) -> None:
