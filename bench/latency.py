@@ -101,7 +101,8 @@ def run(stack: Stack, rate: int, seconds: int, practices: int, pids: dict[str, l
     meter = Meter(pids)
     try:
         send_paced(stack, records, rate, watched)
-        say(f"  sent {len(records):,} in {time.monotonic() - meter.started:.1f} s")
+        sending = time.monotonic() - meter.started
+        say(f"  sent {len(records):,} in {sending:.1f} s")
         wait(lambda: all(each.visible == len(each.up_to) for each in watched.values()), 120, "the last accruals")
     finally:
         ended.set()
@@ -111,12 +112,13 @@ def run(stack: Stack, rate: int, seconds: int, practices: int, pids: dict[str, l
     assert counted, "no reading was watched"
     shown = {
         "rate": rate,
+        "rate_sent": round(len(records) / sending),
         "seconds": seconds,
         "readings_watched": len(counted),
         "p50_seconds": round(counted[len(counted) // 2], 3),
         "p99_seconds": round(counted[len(counted) * 99 // 100], 3),
         "max_seconds": round(counted[-1], 3),
-        "drained_after_seconds": round(took.seconds - len(records) / rate, 2),
+        "drained_after_seconds": round(took.seconds - sending, 2),
         "cores": {name: round(used / took.seconds, 2) for name, used in took.cpu.items()},
         "peak_mib": took.peak_mib,
     }

@@ -109,6 +109,7 @@ def latency(result: dict[str, Any]) -> Iterator[str]:
     rows = [
         (
             f"{each['rate']:,}",
+            f"{each['rate_sent']:,}",
             each["p50_seconds"],
             each["p99_seconds"],
             each["max_seconds"],
@@ -116,7 +117,7 @@ def latency(result: dict[str, Any]) -> Iterator[str]:
         )
         for each in result["rates"]
     ]
-    yield from table(("events/s", "p50 s", "p99 s", "longest s", "cores in use"), rows)
+    yield from table(("events/s asked", "sent", "p50 s", "p99 s", "longest s", "cores in use"), rows)
 
 
 def growth(result: dict[str, Any]) -> Iterator[str]:
