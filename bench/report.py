@@ -62,9 +62,13 @@ def usage(result: dict[str, Any]) -> Iterator[str]:
     yield from table(("what", "events/s", "worker CPU s per million", "peak MiB", "tribill against it"), rows)
     yield "CPU seconds per million events by process:"
     yield ""
-    shares = {name: result["details"][name]["cpu_us_per_event_by_process"] for name in ("tribill", "tribill_batch")}
     parts = ("intake", "usage", "redis", "clickhouse", "broker")
-    yield from table(("", *parts), ((name, *(each[part] for part in parts)) for name, each in shares.items()))
+    rows = []
+    for name in ("tribill", "tribill_batch"):
+        shares = result["details"][name]["cpu_us_per_event_by_process"]
+        whole = sum(shares.values())
+        rows.append((name, *(shares[part] for part in parts), f"{whole:.1f}", f"{result['cores'] / whole * 1e6:,.0f}"))
+    yield from table(("", *parts, "together", f"bound of {result['cores']} cores, events/s"), rows)
 
 
 def sizing(result: dict[str, Any]) -> Iterator[str]:

@@ -56,6 +56,7 @@ def write(name: str, log: Log, result: dict[str, Any]) -> None:
         "broker": log.name,
         "day": date.today().isoformat(),  # noqa: DTZ011  # of the machine, for the record
         "machine": machine(),
+        "cores": os.cpu_count(),
         "load_average": round(os.getloadavg()[1], 1),
         "python": platform.python_version(),
     }
