@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help setup demo test lint lock bench-rating clean
+.PHONY: help setup demo test lint lock bench bench-latency bench-growth bench-scaling bench-rating clean
 
 help:
 	@echo "make demo   a month of GP IT services, live and closed (ARGS=\"--exit --out DIR\" passes options on)"
@@ -11,7 +11,8 @@ help:
 	@echo "make setup  the environment alone; the command is then .venv/bin/tribill"
 	@echo "make lint   ruff and mypy"
 	@echo "make lock   renew the lock files after a change of dependencies"
-	@echo "make bench-rating  re-rate a national book of charge lines"
+	@echo "make bench  the usage path against Faust, Quix Streams and Bytewax, in ten minutes at most"
+	@echo "make bench-latency bench-growth bench-scaling bench-rating  what else is measured (docs/performance.md)"
 
 setup: .venv/installed
 
@@ -38,9 +39,14 @@ lock: setup
 		--no-annotate --no-emit-index-url pyproject.toml -o requirements.lock
 	@$(BIN)/python -m uv pip compile --quiet --generate-hashes --universal --python-version 3.11 --no-header \
 		--no-annotate --no-emit-index-url --extra embedded --extra dev pyproject.toml -o requirements-dev.lock
+	@$(BIN)/python -m uv pip compile --quiet --generate-hashes --universal --python-version 3.11 --no-header \
+		--no-annotate --no-emit-index-url bench/peers/requirements.in -o bench/peers/requirements.lock
 
-bench-rating: setup
-	@$(BIN)/python -m bench.rating $(ARGS)
+bench: setup
+	@$(BIN)/python -m bench.usage $(ARGS)
+
+bench-latency bench-growth bench-scaling bench-rating: bench-%: setup
+	@$(BIN)/python -m bench.$* $(ARGS)
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-bench build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -36,12 +36,12 @@ message.max.bytes=20000000
 
 
 @contextmanager
-def kafka(directory: Path) -> Iterator[str]:
+def kafka(directory: Path, jars: str = JARS) -> Iterator[str]:
     """A running broker's address; its log lives in `directory` and ends with the context."""
     port, controller = free_port(), free_port()
     properties = directory / "server.properties"
     properties.write_text(_PROPERTIES.format(port=port, controller=controller, data=directory / "kafka"))
-    java = ["java", "-Xmx512m", "-cp", f"{JARS}/*"]
+    java = ["java", "-Xmx512m", "-cp", f"{jars}/*"]
     tool = [*java, "kafka.tools.StorageTool"]
     cluster = subprocess.run([*tool, "random-uuid"], capture_output=True, text=True, check=True).stdout.split()[-1]
     subprocess.run([*tool, "format", "-t", cluster, "-c", str(properties)], capture_output=True, check=True)
