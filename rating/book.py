@@ -348,6 +348,22 @@ class Book:
                     overlaps[service] = [line.order.number for line in takers]
         return suspense, overlaps
 
+    def why_untaken(self, service: Service, day: int) -> str:
+        """Why no line takes usage of a day, in words; "" when one does."""
+        live = self._live(service)
+        if not live:
+            return "no order has a line for it"
+        if _takers(live, day):
+            return ""
+        if any(first <= day < end for _, first, end in live):
+            return "not at an on-demand price on the day"
+        if all(line.m1 is None for line, _, _ in live):
+            return "not live on the day: its go-live (M1) was not said"
+        starts = [first for _, first, end in live if first < end]
+        if starts and day < min(starts):
+            return "not live on the day: before its go-live (M1)"
+        return "not live on the day: after its end"
+
 
 def _takers(live: list[tuple[Line, int, int]], day: int) -> list[Line]:
     return [line for line, first, end in live if first <= day < end and line.price.at(day).is_on_demand]

@@ -104,8 +104,8 @@ class Ledger:
 
     def known_usage(self, identities: pl.DataFrame, generation: int, accepted_before: int) -> pl.DataFrame:
         """The rows of these identities (practice, supplier, id) accepted before an offset."""
-        chunks = _chunks(identities.select("ods_code", "supplier_id", "id").iter_rows())
-        found = pa.concat_tables([self._known_usage(chunk, generation, accepted_before) for chunk in chunks])
+        parts = chunks(identities.select("ods_code", "supplier_id", "id").iter_rows())
+        found = pa.concat_tables([self._known_usage(chunk, generation, accepted_before) for chunk in parts])
         return pl.DataFrame(found)
 
     def _known_usage(self, identities: Sequence[tuple[str, ...]], generation: int, accepted_before: int) -> pa.Table:
@@ -140,7 +140,7 @@ class Ledger:
             AND (generation < {generation:UInt32}
                  OR generation = {generation:UInt32} AND accepted_offset < {before:Int64})"""
         totals = {}
-        for chunk in _chunks((each,) for each in practices):
+        for chunk in chunks((each,) for each in practices):
             names = [each for (each,) in chunk]
             parameters = {"practices": names, "generation": generation, "before": accepted_before}
             for ods_code, item_id, day, quantity in self._totals(condition, parameters):
@@ -157,6 +157,26 @@ class Ledger:
         """Day totals by (item, practice) and day, at a cut of the input topics."""
         place = "concat(topic, '/', toString(partition))"
         return _by_service(self._totals(at_cut(place), cut_parameters(generation, cut)))
+
+    def totals_not_counted(self, ods_code: str = "", item_id: str = "") -> dict[Service, dict[int, int]]:
+        """Day totals of the items at practices of which the accruals count less; of one practice or item if named."""
+        condition = (
+            "({ods_code:String} = '' OR ods_code = {ods_code:String}) AND "
+            "({item_id:String} = '' OR item_id = {item_id:String})"
+        )
+        statement = f"""
+            SELECT ods_code, item_id, day, quantity_micros FROM (
+                SELECT *, sum(quantity_micros) OVER (PARTITION BY ods_code, item_id) AS whole
+                FROM ({_STANDING_TOTALS.format(condition=condition)})
+            ) AS used
+            LEFT JOIN (
+                SELECT ods_code, toString(item_id) AS item_id, sum(toInt256(quantity_micros)) AS counted
+                FROM accruals FINAL GROUP BY ods_code, item_id
+            ) AS taken USING (ods_code, item_id)
+            WHERE whole > counted
+            """  # noqa: S608  # two statements of ours
+        rows = self._clickhouse.query(statement, {"ods_code": ods_code, "item_id": item_id})
+        return _by_service((code, item, day + _EPOCH_ORDINAL, quantity) for code, item, day, quantity in rows)
 
     def same_usage(self, generation: int, positions: Positions, cut: Positions) -> bool:
         """Whether positions in usage-accepted and a cut of the input topics take in the same usage."""
@@ -262,7 +282,7 @@ class Ledger:
         return self.positions_seen(generation) | {str(place): int(end) for place, end in rows}
 
 
-def _chunks(values: Iterable[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
+def chunks(values: Iterable[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
     """Values to bind in parts that ClickHouse takes: a field of a form has a limit (by default 128 KiB)."""
     chunk: list[tuple[str, ...]] = []
     size = 0

@@ -10,29 +10,19 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 import structlog
 
-from streams.settings import Settings, SettingsError
+from streams.settings import SettingsError
+from tribill.command import Failure as _Failure
+from tribill.command import load_settings, say
+from tribill.command import require as _require
+from tribill.operating import dead_letters, suspense
 from tribill.roles import ROLES
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
-
-
-class _Failure(click.ClickException):
-    """An error with a reason for a person."""
-
-    def show(self, file: Any = None) -> None:
-        """Prints the reason."""
-        click.echo(f"tribill: {self.message}", err=True)
-
-
-def say(text: str) -> None:
-    """A line of progress, on standard error."""
-    click.echo(text, err=True)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -53,14 +43,6 @@ def cli(context: click.Context, config: Path | None) -> None:
       tribill migrate, tribill worker ROLE, tribill web, tribill close 2026-04
     """
     context.obj = config
-
-
-def load_settings(context: click.Context, **overrides: Any) -> Settings:
-    """The settings of this command."""
-    try:
-        return Settings.load(context.obj, **overrides)
-    except SettingsError as error:
-        raise _Failure(str(error)) from None
 
 
 @cli.command()
@@ -314,11 +296,8 @@ def import_files(
     sys.exit(1 if problems else 0)
 
 
-def _require(settings: Settings, *names: str) -> None:
-    try:
-        settings.require(*names)
-    except SettingsError as error:
-        raise _Failure(str(error)) from None
+for _command in (dead_letters, suspense):
+    cli.add_command(_command)
 
 
 def main() -> None:

@@ -1,0 +1,18 @@
+-- What operators did and what workers found: replays of dead letters, rounds of reconciliation, and what
+-- the log and the schemas were when they were first seen.
+
+CREATE TABLE IF NOT EXISTS replays
+(
+    agent LowCardinality(String),
+    generation UInt32,
+    topic LowCardinality(String),
+    partition Int32,
+    offset Int64,
+    `index` Int32,
+    content UInt64 COMMENT 'sipHash64 of topic, value and reason: the same record refused again is the same',
+    replayed_at DateTime64(3, 'UTC') DEFAULT now64(3),
+    replayed_by String,
+    edited Bool COMMENT 'other content was sent than what was refused'
+)
+ENGINE = MergeTree
+ORDER BY (agent, generation, content, replayed_at)

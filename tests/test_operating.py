@@ -1,0 +1,208 @@
+"""The commands for whoever runs an installation, typed against a running one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click.testing
+import pytest
+
+from sinks.clickhouse import ClickHouse
+from sinks.dead_letters import LetterBox, LetterFilter, LetterId
+from streams.producer import Outbox
+from streams.settings import Settings
+from streams.topics import CONTRACT_CHANGES, USAGE
+from tests.rich_book import C1, METERED, P1, P2, S, contract, ordered, placed, reached, used
+from tribill.cli import cli
+from tribill.installation import Installation
+from tribill.interchange import Publisher
+
+pytestmark = pytest.mark.timeout(120)
+ROLES = ("intake", "usage", "contracts", "reference", "charges", "funding")
+SUPPLIER = "10030"
+HOSTILE = "u\x1b[2J\x1b]0;mine\x07\u202e\x00'; DROP TABLE usage; --"
+Tribill = Callable[..., click.testing.Result]
+
+
+@pytest.fixture(scope="module")
+def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+    """A running installation with one supplier topic, and the records that the tests ask about."""
+    settings = Settings(partitions=2, supplier_topics=SUPPLIER, session_timeout_seconds=6)
+    with Installation(tmp_path_factory.mktemp("stack"), settings) as held:
+        held.prepare()
+        held.start_workers(ROLES)
+        say(held, *BOOK)
+        Outbox(held.settings).deliver(USAGE, b"\xff\x00\x1b[2J no record", key="A\x1b[31m")
+        assert held.drain(60, print)
+        yield held
+
+
+BY_PARTY = [{"payer": "@ordering_party", "take": "rest"}]
+OTHER = "10030-S-009"
+BOOK = [
+    contract(C1, "c1", OrderPlaced=placed("C010001-01", "QOP", SUPPLIER, ordered(S, P1, METERED, BY_PARTY))),
+    reached(C1, "c2", S, P1, "M1", "2026-04-05"),
+    contract("C019999", "x1", OrderTerminated={"date": "2026-05-01"}),
+    used("u1", "2026-04-06", "3"),
+    used("u2", "2026-04-03", "1.5"),
+    used("u3", "2026-04-04", "2"),
+    used("u4", "2026-04-07", "5", ods=P2),
+    used("u1", "2026-04-06", "4"),
+    used(HOSTILE, "2026-04-06", "1", topic=f"usage.{SUPPLIER}"),
+]
+BOOK[-1]["value"]["supplier_id"] = "10031\x1b[0m"
+
+
+def say(held: Installation, *lines: Mapping[str, Any]) -> None:
+    """Publishes interchange lines."""
+    publisher = Publisher(held.settings)
+    for line in lines:
+        publisher.send_record(line["topic"], line["value"])
+    publisher.flush()
+
+
+@pytest.fixture
+def tribill(installation: Installation) -> Tribill:
+    """The command, on the running installation."""
+
+    def run(*arguments: str) -> click.testing.Result:
+        return click.testing.CliRunner().invoke(cli, ["--config", str(installation.settings_file), *arguments])
+
+    return run
+
+
+def listed(tribill: Tribill, *options: str) -> list[dict[str, Any]]:
+    """Dead letters as `list --json` has them."""
+    return [json.loads(line) for line in tribill("dead-letters", "list", "--json", *options).stdout.splitlines()]
+
+
+def standing(held: Installation) -> list[tuple[Any, ...]]:
+    """What the ledger has of usage, without where it came from."""
+    return ClickHouse(held.settings).query("SELECT id, revision, quantity_micros FROM usage GROUP BY ALL ORDER BY ALL")
+
+
+def test_list_finds_what_was_refused(tribill: Tribill) -> None:
+    """A letter that no filter finds is a letter that nobody mends."""
+    everything = listed(tribill)
+    assert {each["agent"] for each in everything} == {"intake", "usage", "contracts"}
+    assert [each["agent"] for each in listed(tribill, "--topic", CONTRACT_CHANGES)] == ["contracts"]
+    assert [each["field"] for each in listed(tribill, "--reason", "HIGHER revision")] == ["id"]
+    assert len(listed(tribill, "--agent", "intake", "--since", "1h")) == 2
+    assert listed(tribill, "--since", "2100-01-01") == []
+    assert len(listed(tribill, "--limit", "1")) == 1
+    assert tribill("dead-letters", "list", "--since", "soon").exit_code == 2
+
+
+def test_hostile_bytes_leave_the_terminal_alone(tribill: Tribill) -> None:
+    """An id with escape sequences would repaint, retitle or hide what the operator sees."""
+    shown = tribill("dead-letters", "list").output
+    for each in listed(tribill):
+        shown += tribill("dead-letters", "show", each["letter"]).output
+        shown += tribill("dead-letters", "show", each["letter"], "--json").output
+    assert "1b 5b 32 4a" in shown
+    assert {each for each in shown if not each.isprintable()} == {"\n"}
+
+
+def test_show_has_the_original_bytes(tribill: Tribill) -> None:
+    """Without its bytes nobody can say what a supplier really sent."""
+    [letter] = listed(tribill, "--topic", USAGE, "--agent", "intake")
+    shown = json.loads(tribill("dead-letters", "show", "--json", letter["letter"]).stdout)
+    assert bytes.fromhex(shown["value_hex"]) == b"\xff\x00\x1b[2J no record"
+    assert bytes.fromhex(shown["key_hex"]) == b"A\x1b[31m"
+    assert shown["value"] is None
+    assert tribill("dead-letters", "show", "--value", letter["letter"]).exit_code == 1
+    assert tribill("dead-letters", "show", "intake/1/usage/9/9/9").exit_code == 1
+    assert tribill("dead-letters", "show", "usage").exit_code == 2
+
+
+def test_replay_of_what_stays_refused(tribill: Tribill) -> None:
+    """A change or reading that cannot be taken any more would be sent for ever, each time a letter more."""
+    for agent, says in (("contracts", "new id"), ("usage", "higher revision")):
+        done = tribill("dead-letters", "replay", "--agent", agent)
+        assert done.exit_code == 1
+        assert says in done.stdout
+        assert "not sent" in done.stdout
+
+
+def test_replay_twice_adds_nothing(tribill: Tribill, installation: Installation) -> None:
+    """A replayed reading would count twice, or a bad one leave a letter at every replay."""
+    before, letters = standing(installation), len(listed(tribill))
+    done = tribill("dead-letters", "replay", "--agent", "intake", "--by", "somebody")
+    assert done.exit_code == 0, done.output
+    assert installation.drain(60, print)
+    assert len(listed(tribill)) == letters + 2
+    again = tribill("dead-letters", "replay", "--agent", "intake")
+    assert again.stdout == ""
+    assert {each["replayed_by"] for each in listed(tribill, "--agent", "intake")} == {"somebody"}
+    named = tribill("dead-letters", "replay", listed(tribill, "--agent", "intake")[0]["letter"])
+    assert named.exit_code == 1
+    assert "by somebody" in named.stdout
+    assert installation.drain(60, print)
+    assert len(listed(tribill)) == letters + 2
+    assert standing(installation) == before
+    # Nothing that was let through is a letter; sent once more it is a duplicate.
+    box = LetterBox(ClickHouse(installation.settings))
+    assert box.find(LetterId("intake", 1, "usage", 0, 0, 7)) is None
+
+
+def test_an_edited_reading_counts_once(tribill: Tribill, installation: Installation, tmp_path: Path) -> None:
+    """A correction that is sent twice would count twice."""
+    [letter] = listed(tribill, "--reason", "higher revision")
+    said = json.loads(tribill("dead-letters", "show", "--value", letter["letter"]).stdout)
+    edit = tmp_path / "mended.json"
+    for wrong in (said | {"quantity": 4}, said | {"quantitty": "4"}, [], said):
+        edit.write_text(json.dumps(wrong))
+        assert tribill("dead-letters", "replay", letter["letter"], "--edit", str(edit)).exit_code == 1
+    edit.write_text(json.dumps(said | {"revision": 1, "quantity": "8"}))
+    for _ in range(2):
+        done = tribill("dead-letters", "replay", letter["letter"], "--edit", str(edit))
+        assert done.exit_code == 0, done.output
+    assert installation.drain(60, print)
+    assert ("u1", 1, 8_000_000) in standing(installation)
+    box = LetterBox(ClickHouse(installation.settings))
+    assert box.count(LetterFilter(agent="usage")) == 1
+
+
+def test_a_refused_change_under_a_new_id(tribill: Tribill, installation: Installation, tmp_path: Path) -> None:
+    """Who corrects a change under its old id would wait for ever."""
+    [letter] = listed(tribill, "--agent", "contracts")
+    said = json.loads(tribill("dead-letters", "show", "--value", letter["letter"]).stdout)
+    edit = tmp_path / "mended.json"
+    edit.write_text(json.dumps(said | {"order_number": "C010001", "id": "c2"}))
+    done = tribill("dead-letters", "replay", letter["letter"], "--edit", str(edit))
+    assert done.exit_code == 1
+    assert "was accepted" in done.stdout
+    edit.write_text(json.dumps(said | {"order_number": "C010001", "id": "x2"}))
+    assert tribill("dead-letters", "replay", letter["letter"], "--edit", str(edit)).exit_code == 0
+    assert installation.drain(60, print)
+    rows = ClickHouse(installation.settings).query(
+        "SELECT id, toString(outcome) FROM contract_changes WHERE order_number = 'C010001' ORDER BY id"
+    )
+    assert rows == [("c1", "accepted"), ("c2", "accepted"), ("x2", "accepted")]
+
+
+def test_suspense_says_why(tribill: Tribill) -> None:
+    """Usage that waits would not be told from usage that nobody will ever pay."""
+    rows = [json.loads(line) for line in tribill("suspense", "list", "--json").stdout.splitlines()]
+    assert [(each["ods_code"], each["first_day"], each["last_day"], each["quantity"]) for each in rows] == [
+        (P2, "2026-04-07", "2026-04-07", "5"),
+        (P1, "2026-04-03", "2026-04-04", "3.5"),
+    ]
+    assert [each["why"] for each in rows] == [
+        "no order has a line for it",
+        "not live on the day: before its go-live (M1)",
+    ]
+    assert P1 not in tribill("suspense", "list", "--practice", P2).stdout
+    assert "nothing waits" in tribill("suspense", "list", "--item", OTHER).output
+
+
+def test_a_ledger_that_is_away_is_said(tribill: Tribill) -> None:
+    """A traceback tells an operator nothing."""
+    result = click.testing.CliRunner().invoke(
+        cli, ["dead-letters", "list"], env={"TRIBILL_CLICKHOUSE": "http://127.0.0.1:1/x"}
+    )
+    assert result.exit_code == 1
+    assert result.output.startswith("tribill: ")
