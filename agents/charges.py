@@ -124,7 +124,7 @@ class Charges(Agent):
         with self._lock:
             state = self._states.pop(batch.partition, None)
             if state is None or state.offset != batch.first_offset:
-                state = self._restore(batch.partition, batch.first_offset)
+                state = restore(self._context, batch.partition, batch.first_offset)
             for record in batch.records:
                 self._apply(record, state, batch.partition)
             state.offset = batch.end_offset
@@ -138,44 +138,12 @@ class Charges(Agent):
             for (_, partition), offset in committed.items():
                 state = self._states.pop(partition, None)
                 if state is None or state.offset < offset:
-                    state = self._restore(partition, offset)
+                    state = restore(self._context, partition, offset)
                 if state.horizon != self._horizon():
                     self._flush(state, partition)
                 self._states[partition] = state
 
     # --- step 1: state ---
-
-    def _restore(self, partition: int, offset: int) -> State:
-        ledger, generation = self._context.ledger, self._generation
-        positions = self._accruals.positions(partition, generation, offset)
-        state = State(offset, dict(positions))
-        for change in ledger.changes(CONTRACT_CHANGES, generation, positions):
-            if change.accepted:
-                place = (change.generation, change.partition, change.offset)
-                state.contracts.setdefault(change.key, {})[place] = read_contract_change(change.body)
-        for number, changes in list(state.contracts.items()):
-            # Every line ever placed counts, as it does in what `contracts` sends here: a placing that
-            # is retracted may come back.
-            items = {item_id for item_id, _ in _placed(changes.values())}
-            if any(partition_for(item_id, self._partitions) == partition for item_id in items):
-                state.orders[number] = Order.fold(number, [changes[place] for place in sorted(changes)])
-            else:
-                # When it reaches this partition, all that was said of it comes with it.
-                del state.contracts[number]
-        for change in ledger.changes(REFERENCE_CHANGES, generation, positions):
-            if change.accepted:
-                state.reference.say(read_reference_change(change.body))
-        for service, days in ledger.totals_accepted(generation, positions).items():
-            if partition_for(service[0], self._partitions) == partition:
-                state.usage[service] = days
-        for line, month, parties in self._accruals.written(partition):
-            state.written.setdefault(line, {})[month] = (None, frozenset(parties))
-        state.horizon = self._accruals.horizon(partition)
-        state.known_from = self._accruals.newest_version(partition)
-        if not positions:
-            # A new life of the log: what the last one left is rated anew, once.
-            state.said_of_orders = dict.fromkeys(state.orders, _ALWAYS)
-        return state
 
     def _apply(self, record: Record, state: State, partition: int) -> None:
         assert record.value is not None, "charge-inputs holds what our agents wrote"
@@ -199,6 +167,9 @@ class Charges(Agent):
         with pa.ipc.open_stream(block) as reader:
             metadata = {key.decode(): value.decode() for key, value in (reader.schema.metadata or {}).items()}
             rows = reader.read_all()
+        if "again" in metadata:
+            _rate_again(json.loads(metadata["again"]), state)
+            return
         place, end = place_text(USAGE_ACCEPTED, int(metadata["partition"])), int(metadata["end_offset"])
         if end < state.positions.get(place, 0):
             return  # from a worker that had lost its partition; its successor has said more
@@ -365,6 +336,41 @@ class Charges(Agent):
         self._context.outbox.flush()
 
 
+def restore(context: Context, partition: int, offset: int) -> State:
+    """A partition's state as of an offset in charge-inputs, from the ledger at the positions counted there."""
+    ledger, generation, partitions = context.ledger, context.settings.log_generation, context.settings.partitions
+    accruals = Accruals(context.clickhouse)
+    positions = accruals.positions(partition, generation, offset)
+    state = State(offset, dict(positions))
+    for change in ledger.changes(CONTRACT_CHANGES, generation, positions):
+        if change.accepted:
+            place = (change.generation, change.partition, change.offset)
+            state.contracts.setdefault(change.key, {})[place] = read_contract_change(change.body)
+    for number, changes in list(state.contracts.items()):
+        # Every line ever placed counts, as it does in what `contracts` sends here: a placing that
+        # is retracted may come back.
+        items = {item_id for item_id, _ in _placed(changes.values())}
+        if any(partition_for(item_id, partitions) == partition for item_id in items):
+            state.orders[number] = Order.fold(number, [changes[place] for place in sorted(changes)])
+        else:
+            # When it reaches this partition, all that was said of it comes with it.
+            del state.contracts[number]
+    for change in ledger.changes(REFERENCE_CHANGES, generation, positions):
+        if change.accepted:
+            state.reference.say(read_reference_change(change.body))
+    for service, days in ledger.totals_accepted(generation, positions).items():
+        if partition_for(service[0], partitions) == partition:
+            state.usage[service] = days
+    for line, month, parties in accruals.written(partition):
+        state.written.setdefault(line, {})[month] = (None, frozenset(parties))
+    state.horizon = accruals.horizon(partition)
+    state.known_from = accruals.newest_version(partition)
+    if not positions:
+        # A new life of the log: what the last one left is rated anew, once.
+        state.said_of_orders = dict.fromkeys(state.orders, _ALWAYS)
+    return state
+
+
 def _placed(changes: Iterable[ContractChange]) -> set[Service]:
     """Every line that was ever placed, also one that is retracted."""
     return {
@@ -373,6 +379,15 @@ def _placed(changes: Iterable[ContractChange]) -> set[Service]:
         if isinstance(change.body, OrderPlaced)
         for line in change.body.lines
     }
+
+
+def _rate_again(months: Iterable[tuple[str, str, str, int]], state: State) -> None:
+    """Reconciliation asks for rows to be written anew, whatever is remembered of them: (line, month)."""
+    for number, item_id, ods_code, month in months:
+        written = state.written.setdefault((number, item_id, ods_code), {})
+        _, parties = written.get(month, (None, frozenset()))
+        written[month] = (None, parties)
+        state.said_of_orders[number] = _ALWAYS
 
 
 def _note(number: str, body: ContractBody, state: State) -> None:

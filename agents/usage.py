@@ -33,6 +33,7 @@ from agents.intake import BLOCK_ROWS, encode_block
 from rating.amounts import micros_text
 from sinks import metrics
 from sinks.dead_letters import DeadLetter
+from sinks.ledger import USAGE_SCHEMA
 from streams.agent import Agent
 from streams.batch import Batch
 from streams.topics import CHARGE_INPUTS, USAGE_ACCEPTED, partition_for
@@ -121,8 +122,13 @@ class Usage(Agent):
                 batch = left
         if totals is None or totals.offset != batch.first_offset:
             totals = _Totals(batch.first_offset)
-        rows = self._rows(batch)
+        rows, again = self._rows(batch)
         outcome, changes = self._judge(rows, batch)
+        if again:
+            # Reconciliation doubts what is remembered; the ledger is asked again.
+            totals = _Totals(batch.first_offset)
+            asked = pl.DataFrame([(*key, 0) for key in again], schema=changes.schema, orient="row")
+            changes = pl.concat([changes, asked]).group_by(_DAY_KEY).agg(pl.col("quantity_micros").sum())
         self._context.ledger.insert_usage(outcome.insert.to_arrow())
         self._load(totals, set(changes["ods_code"].unique()), batch.first_offset)
         self._publish(batch, totals.add(changes))
@@ -138,18 +144,25 @@ class Usage(Agent):
 
     # --- step 0: rows ---
 
-    def _rows(self, batch: Batch) -> pl.DataFrame:
-        frames = []
+    def _rows(self, batch: Batch) -> tuple[pl.DataFrame, set[DayKey]]:
+        """The readings of a batch, and the totals that reconciliation wants said again."""
+        frames, again = [], set()
         for record in batch.records:
             assert record.value is not None, "usage-accepted holds what intake wrote"
             with pa.ipc.open_stream(record.value) as reader:
+                if asked := (reader.schema.metadata or {}).get(b"again"):
+                    again |= {(ods_code, item_id, day) for ods_code, item_id, day in json.loads(asked)}
+                    continue
                 frame = pl.from_arrow(reader.read_all())
             assert isinstance(frame, pl.DataFrame)
             frames.append(frame.with_columns(accepted_offset=pl.lit(record.offset, pl.Int64)))
-        return pl.concat(frames).with_columns(
+        if not frames:
+            return pl.DataFrame(USAGE_SCHEMA.empty_table()), again
+        rows = pl.concat(frames).with_columns(
             generation=pl.lit(self._generation, pl.UInt32),
             accepted_partition=pl.lit(batch.partition, pl.Int32),
         )
+        return rows, again
 
     # --- steps 1 and 2: what is new ---
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from decimal import Context, Decimal
@@ -64,6 +64,18 @@ class AccrualRow:
     days: tuple[tuple[date, Fraction], ...]
     groups: str
     wanted: tuple[tuple[str, Fraction], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KeptAccrual:
+    """What of a row in `accruals` is compared with the ledger; `days` with pence to 18 places."""
+
+    line: LineKey
+    month: int
+    version: int
+    exact: Fraction
+    quantity_micros: int
+    days: tuple[tuple[date, Decimal], ...]
 
 
 def _table(rows: Sequence[AccrualRow], version: int, partition: int) -> pa.Table:
@@ -151,6 +163,58 @@ class Accruals:
             },
         )
         return dict(rows[0][0]) if rows else {}
+
+    def counted(self, partition: int, generation: int) -> tuple[int, int] | None:
+        """The newest offset at which a partition said what it counts, and its horizon; None before the first."""
+        rows = self._clickhouse.query(
+            """
+            SELECT max(offset), argMax(horizon, offset), count() FROM accrual_positions FINAL
+            WHERE charge_partition = {partition:Int32} AND generation = {generation:UInt32}
+            """,
+            {"partition": partition, "generation": generation},
+        )
+        return (int(rows[0][0]), int(rows[0][1])) if rows[0][2] else None
+
+    def kept(self, partition: int, orders: Sequence[str]) -> Iterator[KeptAccrual]:
+        """The rows of a partition's lines of these orders, as they stand."""
+        rows = self._clickhouse.query(
+            """
+            SELECT order_number, toString(item_id), ods_code, month, version, exact_pence, quantity_micros,
+                   days, days_pence
+            FROM accruals FINAL
+            WHERE order_number IN {orders:Array(String)} AND charge_partition = {partition:Int32}
+            """,
+            {"orders": list(orders), "partition": partition},
+        )
+        for order, item, ods, month, version, exact, quantity, days, pence in rows:
+            by_day = tuple(zip(days, pence, strict=True))
+            yield KeptAccrual((order, item, ods), month, version, Fraction(exact), int(quantity), by_day)
+
+    def state_of(self, partition: int) -> tuple[int, ...]:
+        """What changes whenever a row of a partition does."""
+        rows = self._clickhouse.query(
+            "SELECT count(), sum(version) FROM accruals WHERE charge_partition = {partition:Int32}",
+            {"partition": partition},
+        )
+        return int(rows[0][0]), int(rows[0][1])
+
+    def insert_reconciliation(
+        self, partition: int, generation: int, offset: int, compared: int, drifting: int, pence: Decimal, micros: int
+    ) -> None:
+        """Says what comparing a partition's accruals with the ledger found."""
+        self._clickhouse.insert(
+            "reconciliations",
+            ("charge_partition", "generation", "offset", "compared", "drifting", "drift_pence", "drift_micros"),
+            [(partition, generation, offset, compared, drifting, pence, micros)],
+        )
+
+    def orders(self, partition: int) -> set[str]:
+        """Every order that a partition has a row of."""
+        rows = self._clickhouse.query(
+            "SELECT DISTINCT order_number FROM accruals WHERE charge_partition = {partition:Int32}",
+            {"partition": partition},
+        )
+        return {str(order) for (order,) in rows}
 
     def written(self, partition: int) -> list[tuple[LineKey, int, list[str]]]:
         """Every (line, month) of a partition that has a row, with the parties it wants of."""

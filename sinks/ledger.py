@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,6 +157,27 @@ class Ledger:
         """Day totals by (item, practice) and day, at a cut of the input topics."""
         place = "concat(topic, '/', toString(partition))"
         return _by_service(self._totals(at_cut(place), cut_parameters(generation, cut)))
+
+    def days_said(self, services: Collection[Service], first: int, end: int) -> list[tuple[str, str, int]]:
+        """Every (practice, item, day) in `[first, end)` of which anything was ever said, whether it stands or not."""
+        found = []
+        for chunk in chunks(sorted(services)):
+            items, practices = zip(*chunk, strict=True)
+            found += self._clickhouse.query(
+                """
+                SELECT DISTINCT ods_code, toString(item_id), toInt32(day) AS number FROM usage
+                WHERE ods_code IN {practices:Array(String)} AND number >= {first:Int32} AND number < {end:Int32}
+                  AND (item_id, ods_code) IN (
+                    SELECT arrayJoin(arrayZip({items:Array(String)}, {practices:Array(String)})))
+                """,
+                {
+                    "items": list(items),
+                    "practices": list(practices),
+                    "first": first - _EPOCH_ORDINAL,
+                    "end": end - _EPOCH_ORDINAL,
+                },
+            )
+        return [(ods_code, item_id, day + _EPOCH_ORDINAL) for ods_code, item_id, day in found]
 
     def totals_not_counted(self, ods_code: str = "", item_id: str = "") -> dict[Service, dict[int, int]]:
         """Day totals of the items at practices of which the accruals count less; of one practice or item if named."""

@@ -23,6 +23,7 @@ from agents.contracts import Contracts
 from agents.funding import Funding
 from agents.intake import Intake
 from agents.period_close import PeriodClose
+from agents.reconcile import Reconcile
 from agents.reference import Reference
 from agents.usage import Usage
 from rating.amounts import Exact, pence
@@ -376,6 +377,10 @@ class World:
             for place in self.places(role):
                 while self.waiting(role, place):
                     self.step(role, place, size)
+
+    def reconcile(self) -> int:
+        """Compares all accruals with the ledger and asks for what differs to be mended, once."""
+        return Reconcile(FusedContext("reconcile", self, Fuse(), eager=True, held=False)).reconcile()
 
     # --- what came out ---
 

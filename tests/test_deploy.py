@@ -25,7 +25,7 @@ DEPLOY = ROOT / "deploy"
 K8S = DEPLOY / "k8s"
 COMPOSE = DEPLOY / "compose"
 PROMETHEUS = DEPLOY / "prometheus"
-ROLES = {"intake", "usage", "contracts", "reference", "charges", "funding", "period-close"}
+ROLES = {"intake", "usage", "contracts", "reference", "charges", "funding", "period-close", "reconcile"}
 #: The oldest Kubernetes that README.md promises, and the newest whose schemas are here.
 KUBERNETES = ["1.29", kubernetes_validate.latest_version()]
 #: Files for kustomize itself, and what is merged into others: no manifests.

@@ -54,6 +54,12 @@ def _period_close(context: Context) -> Agent:
     return PeriodClose(context)
 
 
+def _reconcile(context: Context) -> Agent:
+    from agents.reconcile import Reconcile
+
+    return Reconcile(context)
+
+
 #: Each role imports only its own agent, so that its process starts quickly and holds little.
 ROLES: dict[str, Callable[[Context], Agent]] = {
     "intake": _intake,
@@ -63,6 +69,7 @@ ROLES: dict[str, Callable[[Context], Agent]] = {
     "charges": _charges,
     "funding": _funding,
     "period-close": _period_close,
+    "reconcile": _reconcile,
 }
 
 

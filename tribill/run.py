@@ -12,6 +12,7 @@ from rating.calendar import month_start, month_text, parse_month
 from sinks.clickhouse import ClickHouse
 from sinks.documents import Documents, write_files
 from streams.settings import Settings
+from streams.topics import STAGES
 from tribill import interchange
 from tribill.closing import Closed, close_and_wait
 from tribill.installation import Installation
@@ -50,7 +51,7 @@ def run(
         installation = Installation(Path(directory), settings)
         with installation:
             installation.prepare()
-            installation.start_workers()
+            installation.start_workers([role for role, _ in STAGES])
             say(f"private stack in {directory}; {survey.lines} lines, {len(periods)} closes")
             return _Replay(installation, out, say).replay(files, closes)
 

@@ -15,4 +15,18 @@ CREATE TABLE IF NOT EXISTS replays
     edited Bool COMMENT 'other content was sent than what was refused'
 )
 ENGINE = MergeTree
-ORDER BY (agent, generation, content, replayed_at)
+ORDER BY (agent, generation, content, replayed_at);
+
+CREATE TABLE IF NOT EXISTS reconciliations
+(
+    charge_partition Int32,
+    generation UInt32,
+    offset Int64 COMMENT 'in charge-inputs, at which accruals were compared with the ledger',
+    compared UInt64 COMMENT 'months of lines',
+    drifting UInt64 COMMENT 'of them those that differ',
+    drift_pence Decimal(76, 18) COMMENT 'the sum of the differences without their signs',
+    drift_micros Int256,
+    at DateTime64(3, 'UTC') DEFAULT now64(3)
+)
+ENGINE = ReplacingMergeTree(at)
+ORDER BY charge_partition
