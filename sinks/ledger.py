@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -284,6 +284,68 @@ class Ledger:
             {"generation": generation},
         )
         return {f"{USAGE_ACCEPTED}/{partition}": int(end) for partition, end in rows}
+
+    # --- what the log and the schemas were ---
+
+    def known_topics(self, generation: int) -> dict[str, str]:
+        """The ids of topics as they were first seen in a life of the log."""
+        rows = self._clickhouse.query(
+            "SELECT topic, any(topic_id) FROM known_topics WHERE generation = {generation:UInt32} GROUP BY topic",
+            {"generation": generation},
+        )
+        return {str(topic): str(number) for topic, number in rows}
+
+    def note_topics(self, generation: int, ids: Mapping[str, str]) -> None:
+        """Keeps the ids of topics that are seen for the first time."""
+        rows = [(generation, topic, number) for topic, number in ids.items()]
+        self._clickhouse.insert("known_topics", ("generation", "topic", "topic_id"), rows)
+
+    def known_schemas(self) -> dict[int, tuple[str, str]]:
+        """Every schema that a tribill on this ledger had: its id to its name and digest."""
+        rows = self._clickhouse.query("SELECT id, any(name), any(digest) FROM known_schemas GROUP BY id")
+        return {int(number): (str(name), str(digest)) for number, name, digest in rows}
+
+    def note_schemas(self, schemas: Mapping[int, tuple[str, str]]) -> None:
+        """Keeps the schemas that are new."""
+        rows = [(number, name, digest) for number, (name, digest) in schemas.items()]
+        self._clickhouse.insert("known_schemas", ("id", "name", "digest"), rows)
+
+    def has_done(self, topic: str, generation: int, partition: int, offset: int) -> bool:
+        """Whether a record of changes or of period events has left a trace: a row, or a dead letter."""
+        rows = self._clickhouse.query(
+            """
+            SELECT 1 FROM (
+                SELECT 'contract-changes' AS topic, partition FROM contract_changes
+                WHERE generation = {generation:UInt32} AND offset = {offset:Int64}
+                UNION ALL SELECT 'reference-changes', partition FROM reference_changes
+                WHERE generation = {generation:UInt32} AND offset = {offset:Int64}
+                UNION ALL SELECT 'period-events', 0 FROM attestations
+                WHERE generation = {generation:UInt32} AND offset = {offset:Int64}
+                UNION ALL SELECT 'period-events', 0 FROM close_requests
+                WHERE generation = {generation:UInt32} AND offset = {offset:Int64}
+                UNION ALL SELECT toString(topic), partition FROM dead_letters
+                WHERE generation = {generation:UInt32} AND offset = {offset:Int64}
+            ) WHERE topic = {topic:String} AND partition = {partition:Int32} LIMIT 1
+            """,
+            {"topic": topic, "generation": generation, "partition": partition, "offset": offset},
+        )
+        return bool(rows)
+
+    def has_change(self, topic: str, key: str, change_id: str) -> bool:
+        """Whether a change of this id was said of an order or code."""
+        table, name = _TABLES[topic]
+        rows = self._clickhouse.query(
+            f"SELECT 1 FROM {table} WHERE {name} = {{key:String}} AND id = {{id:String}} LIMIT 1",  # noqa: S608
+            {"key": key, "id": change_id},
+        )
+        return bool(rows)
+
+    def has_period(self, period: str) -> bool:
+        """Whether a period is closed."""
+        rows = self._clickhouse.query(
+            "SELECT 1 FROM periods WHERE period = {period:String} LIMIT 1", {"period": period}
+        )
+        return bool(rows)
 
     def positions_complete(self, generation: int, partitions: int) -> dict[str, int]:
         """Up to where the ledger certainly has all of every input partition, in a life of the log.

@@ -79,6 +79,23 @@ class Codec:
         self._ids: dict[str, int] = {} if self._registry else dict(fixed_ids())
         self._writers: dict[int, tuple[str, Any]] = {}
 
+    def incompatible(self) -> list[str]:
+        """The schemas that the registry does not take after what is registered; raises ConnectionError."""
+        if self._registry is None:
+            return []
+        from confluent_kafka.schema_registry import Schema
+
+        found = []
+        for name in fixed_ids():
+            try:
+                schema = Schema(json.dumps(schema_source(name)), "AVRO")
+                if not self._registry.test_compatibility(f"tribill.{name}", schema):
+                    found.append(name)
+            except Exception as error:  # the client raises whatever its HTTP library does
+                if getattr(error, "http_status_code", 0) != 404:  # 404: none is registered yet
+                    raise ConnectionError(f"the schema registry: {error}") from None
+        return found
+
     def encode(self, name: str, value: Mapping[str, Any]) -> bytes:
         """A record's bytes.  Raises Refused when a value does not fit its type."""
         out = io.BytesIO()

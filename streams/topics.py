@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 
 from aiokafka.partitioner import murmur2
-from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import (
+    Consumer,
+    ConsumerGroupTopicPartitions,
+    KafkaError,
+    KafkaException,
+    TopicCollection,
+    TopicPartition,
+)
 from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
 
 from streams.settings import Settings
@@ -130,6 +137,39 @@ class Broker:
             found += [(topic, partition) for partition in sorted(metadata.partitions)]
         return found
 
+    def topic_ids(self, topics: Iterable[str]) -> dict[str, str]:
+        """What tells a topic from another of the same name that is made later; a broker without ids has none."""
+        futures = self._admin.describe_topics(TopicCollection([*topics]), request_timeout=10)
+        found = {name: future.result().topic_id for name, future in futures.items()}
+        return {name: str(number) for name, number in found.items() if number is not None}
+
+    def first_offsets(self, topics: Iterable[str]) -> dict[Place, int]:
+        """The offset of the oldest record that each partition still has, or will have."""
+        asked = {TopicPartition(*place): OffsetSpec.earliest() for place in self.partitions(topics)}
+        return {
+            (place.topic, place.partition): max(0, future.result().offset)
+            for place, future in self._admin.list_offsets(asked, request_timeout=10).items()
+        }
+
+    def record_at(self, place: Place, offset: int) -> bytes | None:
+        """The value of one record; None when there is none at this offset any more."""
+        settings = {"group.id": "tribill-ends", "enable.auto.commit": "false", "enable.partition.eof": "true"}
+        settings |= {"fetch.wait.max.ms": "20", "auto.offset.reset": "error", "log_level": "0"}
+        consumer = Consumer(client_settings(self._settings) | settings)
+        try:
+            consumer.assign([TopicPartition(*place, offset)])
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline:
+                message = consumer.poll(0.2)
+                if message is None:
+                    continue
+                if message.error() is not None or message.offset() != offset:
+                    return None
+                return bytes(message.value()) if message.value() is not None else None
+            raise TimeoutError(f"{place[0]}/{place[1]} offset {offset} was not read in 30 s")
+        finally:
+            consumer.close()
+
     def end_offsets(self, topics: Iterable[str]) -> dict[Place, int]:
         """The offset that the next record of each partition will have."""
         asked = {TopicPartition(*place): OffsetSpec.latest() for place in self.partitions(topics)}
@@ -166,10 +206,17 @@ class Broker:
 
     def committed(self, group: str, places: Iterable[Place]) -> dict[Place, int]:
         """The offset that a consumer group will read next; 0 where it has committed nothing."""
+        return {place: max(0, offset) for place, offset in self._committed(group, places).items()}
+
+    def committed_at_all(self, group: str, places: Iterable[Place]) -> dict[Place, int]:
+        """The same, without the partitions of which the group has committed nothing."""
+        return {place: offset for place, offset in self._committed(group, places).items() if offset >= 0}
+
+    def _committed(self, group: str, places: Iterable[Place]) -> dict[Place, int]:
         asked = [TopicPartition(*place) for place in places]
         futures = self._admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group, asked)])
         found = futures[group].result().topic_partitions
-        return {(each.topic, each.partition): max(0, each.offset) for each in found}
+        return {(each.topic, each.partition): each.offset for each in found}
 
     def behind(self, group: str, ends: Mapping[Place, int]) -> int:
         """How many records a group has still to do up to these offsets."""

@@ -76,10 +76,10 @@ ROLES: dict[str, Callable[[Context], Agent]] = {
 def run_worker(role: str, settings: Settings) -> int:
     """Runs a role's worker until it is stopped; returns the exit code."""
     from agents.context import Context
-    from agents.start import check_log
+    from agents.start import check_start
     from streams.worker import Worker
 
     context = Context(role, settings)
     agent = ROLES[role](context)
-    check_log(agent, context)
+    check_start(agent, context)
     return Worker(agent, settings).run()

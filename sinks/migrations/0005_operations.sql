@@ -29,4 +29,22 @@ CREATE TABLE IF NOT EXISTS reconciliations
     at DateTime64(3, 'UTC') DEFAULT now64(3)
 )
 ENGINE = ReplacingMergeTree(at)
-ORDER BY charge_partition
+ORDER BY charge_partition;
+
+CREATE TABLE IF NOT EXISTS known_topics
+(
+    generation UInt32,
+    topic String,
+    topic_id String COMMENT 'as the broker had it when a worker first started on the topic in this generation'
+)
+ENGINE = ReplacingMergeTree
+ORDER BY (generation, topic, topic_id);
+
+CREATE TABLE IF NOT EXISTS known_schemas
+(
+    id UInt32,
+    name String,
+    digest String COMMENT 'SHA-256 of the schema as released'
+)
+ENGINE = ReplacingMergeTree
+ORDER BY (id, name, digest)
