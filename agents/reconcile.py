@@ -77,8 +77,8 @@ class Reconcile(Agent):
         self._generation = context.settings.log_generation
         self._partitions = context.settings.partitions
         self._due = time.monotonic() + _LEAST_PAUSE_SECONDS
-        #: What a partition was like when nothing in it differed.
-        self._clean: dict[int, tuple[int, ...]] = {}
+        #: What a partition was like when nothing in it differed, and what was compared then.
+        self._clean: dict[int, tuple[tuple[int, ...], Drift]] = {}
 
     def topics(self) -> Sequence[str]:
         """`period-events`; see above."""
@@ -120,13 +120,13 @@ class Reconcile(Agent):
     # --- comparing ---
 
     def _compare(self, partition: int) -> Drift | None:
-        """None when nothing has been counted, or nothing has changed since all agreed."""
+        """None when nothing has been counted yet; where nothing has changed since all agreed, what was found then."""
         counted = self._accruals.counted(partition, self._generation)
         if counted is None:
             return None
         like = (*counted, *self._accruals.state_of(partition))
-        if self._clean.get(partition) == like:
-            return None
+        if partition in self._clean and self._clean[partition][0] == like:
+            return self._clean[partition][1]
         offset, horizon = counted
         state = restore(self._context, partition, offset)
         book = Book(state.orders.values(), state.reference, state.usage)
@@ -137,7 +137,7 @@ class Reconcile(Agent):
             kept = {(each.line, each.month): each for each in self._accruals.kept(partition, some)}
             self._differences(due, kept, horizon, drift)
         if not drift.months:
-            self._clean[partition] = like
+            self._clean[partition] = (like, drift)
         return drift
 
     def _due_of(

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import polars as pl
 import redis
 import structlog
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from streams.settings import Settings, SettingsError
 
@@ -129,3 +130,40 @@ def _words(first: pl.Series, second: pl.Series) -> pl.Series:
     for each in (first, second):
         parts += [pl.lit("$"), each.str.len_bytes(), pl.lit("\r\n"), each, pl.lit("\r\n")]
     return pl.select(pl.concat_str(parts)).to_series()
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """How the claim store is: for `tribill doctor`."""
+
+    policy: str
+    evicts: bool
+    persists: bool
+    #: Since when it has every claim; None: none was made since it started.
+    complete_since: datetime | None
+    ahead_seconds: float
+
+
+def inspect(settings: Settings) -> Condition:
+    """Looks at the claim store and changes nothing.  Raises ClaimsUnavailable."""
+    store = redis.Redis.from_url(settings.redis, socket_timeout=10, socket_connect_timeout=2)
+    try:
+        information = store.info()
+        before = time.time()
+        seconds, micros = store.time()
+        ahead = seconds + micros / 1e6 - (before + time.time()) / 2
+        since = store.hget(_GENERATION_KEY, information["run_id"])
+        try:
+            saves = store.config_get("save").get("save")
+        except ResponseError:  # a managed Redis may not say
+            saves = ""
+    except RedisError as error:
+        raise ClaimsUnavailable(f"Redis: {error}") from error
+    policy = str(information.get("maxmemory_policy"))
+    return Condition(
+        policy,
+        bool(information.get("maxmemory")) and policy != "noeviction",
+        bool(information.get("aof_enabled")) or bool(saves),
+        datetime.fromtimestamp(float(since), UTC) if since else None,
+        ahead,
+    )

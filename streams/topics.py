@@ -15,7 +15,7 @@ from confluent_kafka import (
     TopicCollection,
     TopicPartition,
 )
-from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType
 
 from streams.settings import Settings
 
@@ -126,6 +126,33 @@ class Broker:
                 if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
                     raise
         return created
+
+    def nodes(self) -> int:
+        """How many brokers there are.  Raises KafkaException when none answers."""
+        return len(self._admin.list_topics(timeout=10).brokers)
+
+    def members(self, group: str) -> int | None:
+        """How many workers a consumer group has; None where the broker does not say."""
+        if self._admin.list_topics(timeout=10).cluster_id == "tansu_cluster":
+            return None  # it calls every group empty
+        try:
+            described = self._admin.describe_consumer_groups([group], request_timeout=5)[group].result()
+        except KafkaException:
+            return None
+        return len(described.members)
+
+    def topic_configurations(self) -> dict[str, tuple[int, dict[str, str]]]:
+        """Every topic with its number of partitions and its configuration."""
+        topics = self._admin.list_topics(timeout=10).topics
+        asked = [ConfigResource(ResourceType.TOPIC, name) for name in topics if not name.startswith("__")]
+        found = self._admin.describe_configs(asked, request_timeout=10) if asked else {}
+        return {
+            resource.name: (
+                len(topics[resource.name].partitions),
+                {name: entry.value for name, entry in future.result().items() if entry.value is not None},
+            )
+            for resource, future in found.items()
+        }
 
     def partitions(self, topics: Iterable[str]) -> list[Place]:
         """Every partition of these topics.  Raises KafkaException for one that does not exist."""

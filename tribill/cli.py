@@ -18,7 +18,7 @@ from streams.settings import SettingsError
 from tribill.command import Failure as _Failure
 from tribill.command import load_settings, say
 from tribill.command import require as _require
-from tribill.operating import dead_letters, suspense
+from tribill.operating import dead_letters, doctor, suspense
 from tribill.roles import ROLES
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -296,7 +296,7 @@ def import_files(
     sys.exit(1 if problems else 0)
 
 
-for _command in (dead_letters, suspense):
+for _command in (dead_letters, suspense, doctor):
     cli.add_command(_command)
 
 

@@ -243,6 +243,34 @@ def list_suspense(context: click.Context, practice: str, item: str, limit: int, 
     say(f"{min(limit, len(found))} of {len(found)} kinds, {total} units in all" if found else "nothing waits")
 
 
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@click.pass_context
+def doctor(context: click.Context, as_json: bool) -> None:
+    """Look at a whole installation and say of each part whether it is well, and what to do where it is not.
+
+    Broker and topics, workers and what they have to do, ledger and its tables, positions against offsets,
+    Redis, schemas, clocks, dead letters, suspense, drift.  It changes nothing.  The exit status is 1 when
+    there is a fault; warnings are worth a look.
+    """
+    from tribill.doctor import examine
+
+    settings = load_settings(context)
+    require(settings, "kafka", "clickhouse", "redis")
+    levels = []
+    for finding in examine(settings):
+        levels.append(finding.level)
+        if as_json:
+            value = {"level": finding.level, "part": finding.part, "text": finding.text, "cure": finding.cure}
+            click.echo(json.dumps(value))
+        else:
+            click.echo(f"{finding.level:<8} {finding.part:<10} {printable(finding.text)}")
+            if finding.cure:
+                click.echo(f"{'':<19} -> {printable(finding.cure)}")
+    say(f"{levels.count('fault')} faults, {levels.count('warning')} warnings, {levels.count('ok')} ok")
+    sys.exit(1 if "fault" in levels else 0)
+
+
 def _open(context: click.Context) -> tuple[LetterBox, Settings]:
     from sinks.clickhouse import ClickHouse
     from sinks.dead_letters import LetterBox
