@@ -23,6 +23,7 @@ from typing import Any
 import faust
 import prometheus_client
 import structlog
+from aiokafka.errors import IllegalStateError
 from clickhouse_connect.driver.exceptions import OperationalError
 from confluent_kafka import KafkaException
 from faust.types import TP
@@ -33,6 +34,7 @@ from sinks import metrics
 from sinks.clickhouse import LedgerUnavailable
 from streams.agent import Agent
 from streams.batch import Batch, NotYet
+from streams.health import Progress
 from streams.producer import DeliveryFailed
 from streams.settings import Settings
 from streams.topics import Broker
@@ -52,8 +54,10 @@ SINK_ERRORS = (
 )
 WAIT_SECONDS = 0.2
 RETRY_SECONDS = (0.1, 0.5, 1, 2, 5, 10)
-#: A worker that has had a batch in hand for longer than this is not healthy.
+#: A worker that has had a batch in hand for longer than this is not healthy, nor is one that holds a
+#: partition which has records to do and has not moved for so long.
 STUCK_SECONDS = 300
+LOOK_SECONDS = 5.0
 
 
 class _App(faust.App):  # type: ignore[misc]  # faust is untyped
@@ -83,6 +87,7 @@ class Worker:
         self.agent = agent
         self.settings = settings
         self.in_hand_since: float | None = None
+        self._progress = Progress(STUCK_SECONDS)
         self._broker = Broker(settings)
         self.app = self._new_app()
 
@@ -145,6 +150,7 @@ class Worker:
         app.agent(topics, name=self.agent.role)(work)
         if self.agent.idle_seconds:
             app.timer(self.agent.idle_seconds)(self._idle)
+        app.timer(LOOK_SECONDS)(self._look)
         self._serve(app)
         return app
 
@@ -197,6 +203,25 @@ class Worker:
         if places:
             self.agent.idle(self._broker.committed(f"tribill-{self.agent.role}", places))
 
+    async def _look(self) -> None:
+        """Sees how far each partition is that the worker holds."""
+        consumer = self.app.consumer
+        found = {}
+        for tp in _assignment(self.app):
+            if tp.topic in self.agent.topics():
+                try:
+                    end, at = consumer.highwater(tp), await consumer.position(tp)
+                except IllegalStateError:
+                    continue  # revoked meanwhile
+                done = consumer._committed_offset[tp]
+                if end is not None and at is not None:
+                    # Where nothing was ever committed, what was not fetched yet is to do.
+                    found[tp.topic, tp.partition] = (at if done is None else done, end)
+        self._progress.look(found, time.monotonic())
+        if len(found) == 1 and self.in_hand_since is not None:
+            # The one batch in hand speaks for itself: it may wait for others (NotYet).
+            self._progress.waits(time.monotonic())
+
     def _serve(self, app: faust.App) -> None:
         @app.page("/metrics")  # type: ignore[untyped-decorator]
         async def show_metrics(web: Any, request: Any) -> Any:
@@ -204,13 +229,19 @@ class Worker:
 
         @app.page("/health")  # type: ignore[untyped-decorator]
         async def show_health(web: Any, request: Any) -> Any:
-            stuck = self.in_hand_since is not None and time.monotonic() - self.in_hand_since > STUCK_SECONDS
-            return web.json({"stuck": stuck}, status=503 if stuck else 200)
+            now = time.monotonic()
+            in_hand = now - self.in_hand_since if self.in_hand_since is not None else 0.0
+            standing = self._progress.stuck(now)
+            stuck = in_hand > STUCK_SECONDS or bool(standing)
+            found = {"stuck": stuck, "in_hand_seconds": round(in_hand), "partitions_standing_still": standing}
+            return web.json(found, status=503 if stuck else 200)
 
         @app.page("/ready")  # type: ignore[untyped-decorator]
         async def show_ready(web: Any, request: Any) -> Any:
-            ready = app.assignor is not None and bool(_assignment(app)) and not app.rebalancing
-            return web.json({"ready": ready}, status=200 if ready else 503)
+            # `unassigned`: it has joined, and there are more workers than partitions; it stands by.
+            held = len(_assignment(app))
+            ready = not app.rebalancing and (held > 0 or app.unassigned)
+            return web.json({"ready": ready, "partitions": held}, status=200 if ready else 503)
 
 
 def _sink(error: Exception) -> str:
