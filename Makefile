@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help setup demo test lint lock bench bench-latency bench-growth bench-scaling bench-rating clean
+.PHONY: help setup demo test lint lock bench bench-latency bench-growth bench-scaling bench-rating bench-recovery clean
 
 help:
 	@echo "make demo   a month of GP IT services, live and closed (ARGS=\"--exit --out DIR\" passes options on)"
@@ -12,7 +12,7 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make lock   renew the lock files after a change of dependencies"
 	@echo "make bench  the usage path against Faust, Quix Streams and Bytewax, in ten minutes at most"
-	@echo "make bench-latency bench-growth bench-scaling bench-rating  what else is measured (docs/performance.md)"
+	@echo "make bench-latency bench-growth bench-scaling bench-rating bench-recovery  what else is measured (docs/performance.md)"
 
 setup: .venv/installed
 
@@ -45,7 +45,7 @@ lock: setup
 bench: setup
 	@$(BIN)/python -m bench.usage $(ARGS)
 
-bench-latency bench-growth bench-scaling bench-rating: bench-%: setup
+bench-latency bench-growth bench-scaling bench-rating bench-recovery: bench-%: setup
 	@$(BIN)/python -m bench.$* $(ARGS)
 
 clean:

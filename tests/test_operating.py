@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from streams.settings import Settings
 from streams.topics import CONTRACT_CHANGES, USAGE
 from tests.rich_book import C1, METERED, P1, P2, S, contract, ordered, placed, reached, used
 from tribill.cli import cli
+from tribill.embedded.process import Process, free_port
 from tribill.installation import Installation
 from tribill.interchange import Publisher
 
@@ -206,3 +211,80 @@ def test_a_ledger_that_is_away_is_said(tribill: Tribill) -> None:
     )
     assert result.exit_code == 1
     assert result.output.startswith("tribill: ")
+
+
+def examined(result: click.testing.Result) -> dict[str, set[str]]:
+    """The levels that `doctor --json` found, by part."""
+    found: dict[str, set[str]] = {}
+    for line in result.stdout.splitlines():
+        finding = json.loads(line)
+        assert finding["cure"] or finding["level"] == "ok", f"what is one to do about {finding}?"
+        found.setdefault(finding["part"], set()).add(finding["level"])
+    return found
+
+
+def test_doctor_finds_nothing_wrong(tribill: Tribill) -> None:
+    """A fault that is none makes every fault look like one."""
+    done = tribill("doctor", "--json")
+    assert done.exit_code == 0, done.output
+    found = examined(done)
+    assert found.pop("refused") == found.pop("suspense") == found.pop("drift") == {"warning"}
+    assert found.keys() == {"broker", "ledger", "redis", "topics", "groups", "positions", "schemas", "clocks"}
+    assert set().union(*found.values()) == {"ok"}, done.output
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "faulty"),
+    [
+        ("TRIBILL_KAFKA", "127.0.0.1:1", "broker"),
+        ("TRIBILL_CLICKHOUSE", "http://127.0.0.1:1/tribill", "ledger"),
+        ("TRIBILL_REDIS", "redis://127.0.0.1:1/0", "redis"),
+        ("TRIBILL_PARTITIONS", "3", "topics"),
+        ("TRIBILL_SUPPLIER_TOPICS", "10030,10031", "topics"),
+        ("TRIBILL_LOG_GENERATION", "0", "ledger"),
+    ],
+)
+def test_doctor_finds_the_fault(
+    tribill: Tribill, monkeypatch: pytest.MonkeyPatch, name: str, value: str, faulty: str
+) -> None:
+    """One part that is away would hide what is wrong with the others, or not be seen at all."""
+    monkeypatch.setenv(name, value)
+    done = tribill("doctor", "--json")
+    assert done.exit_code == 1
+    found = examined(done)
+    assert "fault" in found[faulty], done.output
+    others = {"broker", "ledger", "redis"} - {faulty}
+    assert all(found[each] == {"ok"} for each in others), done.output
+
+
+def test_doctor_wants_the_tables(tribill: Tribill, installation: Installation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ledger that was never migrated would look like one that is away."""
+    monkeypatch.setenv("TRIBILL_CLICKHOUSE", f"{installation.settings.clickhouse}/nothing")
+    done = tribill("doctor")
+    assert done.exit_code == 1
+    assert "tribill migrate" in done.stdout
+
+
+def test_a_surplus_worker_is_ready(installation: Installation) -> None:
+    """A roll-out would wait for ever for a worker for which there is no partition."""
+    ports = []
+    for name in ("first", "second"):
+        ports.append(free_port())
+        environment = replace(installation.settings, worker_port=ports[-1]).environment()
+        command = [sys.executable, "-m", "tribill", "worker", "reconcile"]
+        installation.workers[name] = Process(name, command, installation.directory, environment=environment)
+    held: list[int | None] = [None, None]
+    deadline = time.monotonic() + 100
+    while sorted(each if each is not None else -1 for each in held) != [0, 1]:
+        assert time.monotonic() < deadline, held
+        time.sleep(0.2)
+        held = [partitions_of(port) for port in ports]
+
+
+def partitions_of(port: int) -> int | None:
+    """How many partitions a ready worker holds; None while it is not ready."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=2) as answer:
+            return int(json.load(answer)["partitions"])
+    except OSError:
+        return None
