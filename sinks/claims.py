@@ -142,6 +142,7 @@ class Condition:
     #: Since when it has every claim; None: none was made since it started.
     complete_since: datetime | None
     ahead_seconds: float
+    uncertain_seconds: float
 
 
 def inspect(settings: Settings) -> Condition:
@@ -151,7 +152,7 @@ def inspect(settings: Settings) -> Condition:
         information = store.info()
         before = time.time()
         seconds, micros = store.time()
-        ahead = seconds + micros / 1e6 - (before + time.time()) / 2
+        after = time.time()
         since = store.hget(_GENERATION_KEY, information["run_id"])
         try:
             saves = store.config_get("save").get("save")
@@ -165,5 +166,6 @@ def inspect(settings: Settings) -> Condition:
         bool(information.get("maxmemory")) and policy != "noeviction",
         bool(information.get("aof_enabled")) or bool(saves),
         datetime.fromtimestamp(float(since), UTC) if since else None,
-        ahead,
+        seconds + micros / 1e6 - (before + after) / 2,
+        (after - before) / 2,
     )

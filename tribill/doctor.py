@@ -123,7 +123,7 @@ def _redis(settings: Settings) -> Iterator[Finding]:
             "writes its data to disk, which costs time and is never needed",
             "switch save and AOF off",
         )
-    if abs(found.ahead_seconds) > _SKEW_SECONDS:
+    if abs(found.ahead_seconds) > _SKEW_SECONDS + found.uncertain_seconds:
         yield _skew("redis", found.ahead_seconds)
 
 
@@ -220,8 +220,9 @@ def _clocks(clickhouse: ClickHouse) -> Iterator[Finding]:
         "SELECT toUnixTimestamp64Milli(now64(3)) / 1000,"
         " (SELECT max(broker_timestamp_ms) FROM usage WHERE accepted_offset >= 0) / 1000"
     )
-    ahead = float(there) - (before + time.time()) / 2
-    if abs(ahead) > _SKEW_SECONDS:
+    after = time.time()
+    ahead = float(there) - (before + after) / 2
+    if abs(ahead) > _SKEW_SECONDS + (after - before) / 2:
         yield _skew("clickhouse", ahead)
     elif float(newest) > time.time() + _SKEW_SECONDS:
         yield _skew("the broker (by the newest reading)", float(newest) - time.time())
