@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from rating.amounts import GRAINS, MICRO_GRAINS, MICROS, Exact, micros_text, pence, pounds_text, whole
 from rating.book import Book, Line, LineKey, Order, Reference, Service
@@ -53,7 +53,8 @@ FORMAT = "tribill-evidence/1"
 Said = Mapping[str, Any]
 
 
-class Readings(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Readings:
     """The readings that make a day's total: how many, and the digest of them (docs/verification.md)."""
 
     count: int

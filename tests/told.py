@@ -47,6 +47,14 @@ class Told(Replay):
             value = line["value"]
             said.setdefault(value.get("order_number") or value.get("code"), []).append(value)
 
+    def invoiced_up_to(self, period: int) -> dict[ChargeKey, int]:
+        """What the closes up to a period have invoiced."""
+        total: dict[ChargeKey, int] = {}
+        for close in self.told:
+            for key, pence in close.rows.items() if close.period <= period else ():
+                total[key] = total.get(key, 0) + pence
+        return total
+
     def _accepted(self) -> int:
         return sum(len(log.accepted) for log in self.orders.values()) + len(self.reference_changes)
 
