@@ -16,6 +16,7 @@ from rating.close import CSV_HEADER, ChargeKey, csv_rows
 from rating.documents import Document
 from sinks.accruals import decimal
 from sinks.clickhouse import ClickHouse
+from sinks.evidence import EvidenceStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Documents:
 
     def __init__(self, clickhouse: ClickHouse) -> None:
         self._clickhouse = clickhouse
+        self.evidence = EvidenceStore(clickhouse)
 
     # --- the course of a close ---
 
@@ -219,6 +221,10 @@ def write_files(documents: Documents, period: int, directory: Path) -> list[Path
     for number, kind, body in documents.documents(period):
         path = folder / f"{safe_name(number)}-{kind}.json"
         path.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        written.append(path)
+    for number, text in documents.evidence.evidence(period):
+        path = folder / f"{safe_name(number)}-evidence.json"
+        path.write_text(text, encoding="utf-8", newline="")
         written.append(path)
     return written
 

@@ -11,6 +11,7 @@ import polars as pl
 import pyarrow as pa
 
 from rating.book import Service
+from rating.evidence import Readings
 from sinks.clickhouse import ClickHouse
 from sinks.positions import Positions, at_cut, cut_parameters
 from streams.topics import CONTRACT_CHANGES, REFERENCE_CHANGES, USAGE_ACCEPTED
@@ -53,6 +54,27 @@ FROM (
     )
     GROUP BY ods_code, supplier_id, id
 )
+GROUP BY ods_code, item_id, day
+"""
+#: Of what stands, the days of some items in some months: how many readings, and their digest (docs/verification.md).
+_STANDING_READINGS = """
+SELECT ods_code, content.1 AS item_id, content.2 AS day, count() AS readings,
+       lower(hex(SHA256(arrayStringConcat(arraySort(groupArray(
+           concat(toString(latest), ' ', toString(content.3), ' ', id, '\\n'))))))) AS digest
+FROM (
+    SELECT ods_code, supplier_id, id, max(revision) AS latest, argMax(content, revision) AS content
+    FROM (
+        SELECT ods_code, supplier_id, id, revision,
+               argMin((toString(item_id), toInt32(day), quantity_micros),
+                      (generation, broker_timestamp_ms, topic, partition, offset, `index`)) AS content
+        FROM usage
+        WHERE {condition}
+        GROUP BY ods_code, supplier_id, id, revision
+    )
+    GROUP BY ods_code, supplier_id, id
+)
+WHERE content.1 IN {{items:Array(String)}} AND content.3 > 0
+  AND toYYYYMM(addDays(toDate32('1970-01-01'), content.2)) IN {{months:Array(UInt32)}}
 GROUP BY ods_code, item_id, day
 """
 #: `toInt32` of a date counts from 1970-01-01; ordinals count from 0001-01-01.
@@ -157,6 +179,21 @@ class Ledger:
         """Day totals by (item, practice) and day, at a cut of the input topics."""
         place = "concat(topic, '/', toString(partition))"
         return _by_service(self._totals(at_cut(place), cut_parameters(generation, cut)))
+
+    def readings_at_cut(
+        self, generation: int, cut: Positions, items: Iterable[str], months: Iterable[int]
+    ) -> dict[Service, dict[int, Readings]]:
+        """The readings of some items on the days of some months, at a cut of the input topics."""
+        condition = at_cut("concat(topic, '/', toString(partition))")
+        parameters = cut_parameters(generation, cut) | {
+            "items": sorted(items),
+            "months": [month // 12 * 100 + month % 12 + 1 for month in sorted(months)],
+        }
+        found: dict[Service, dict[int, Readings]] = {}
+        rows = self._clickhouse.query(_STANDING_READINGS.format(condition=condition), parameters)
+        for ods_code, item_id, day, count, digest in rows:
+            found.setdefault((item_id, ods_code), {})[day + _EPOCH_ORDINAL] = Readings(count, digest)
+        return found
 
     def same_usage(self, generation: int, positions: Positions, cut: Positions) -> bool:
         """Whether positions in usage-accepted and a cut of the input topics take in the same usage."""
