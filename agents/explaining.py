@@ -7,7 +7,7 @@ both are made here from one reading of the ledger's changes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from agents.context import Context
 from rating.book import Book, Order, Reference, Service
@@ -81,7 +81,11 @@ class Explaining:
         originals = {key: number for key, number in originals.items() if key in causes and not causes[key].is_release}
         self._store.insert_adjustments(period, causes, originals)
         self._store.insert_wanted(period, known.wanted)
-        evidence = Evidence(known, invoiced, self._readings(cut, known, documents))
+        # Of items that are charged by use: the months that documents have rows of.
+        keys = [key for document in documents for key in document.rows]
+        items = _metered(known, keys)
+        months = {period, *(key.month for key in keys if key.item_id in items)} if items else set()
+        evidence = Evidence(known, invoiced, self._digests(cut, items, months), months)
         for document in documents:
             document.explanations = {
                 key: (causes[key].text, originals.get(key, "")) for key in document.rows if key in causes
@@ -104,12 +108,8 @@ class Explaining:
         causes = Causes(before, known, period)
         return {key: causes.of(key) for key in adjusted}
 
-    def _readings(self, cut: Cut, known: Known, documents: Sequence[Document]) -> dict[Service, dict[int, Readings]]:
-        """The readings of the months that documents have rows of, of items that are charged by use."""
-        keys = [key for document in documents for key in document.rows]
-        items = _metered(known, keys)
-        months = {key.month for key in keys if key.item_id in items}
-        return self._ledger.readings_at_cut(cut.generation, cut.positions, items, months) if items else {}
+    def _digests(self, cut: Cut, items: Collection[str], months: Collection[int]) -> dict[Service, dict[int, Readings]]:
+        return self._ledger.digests_at_cut(cut.generation, cut.positions, items, months) if months else {}
 
 
 def _metered(known: Known, keys: Iterable[ChargeKey]) -> set[str]:

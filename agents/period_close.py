@@ -42,6 +42,7 @@ from sinks import metrics
 from sinks.accruals import Accruals, decimal
 from sinks.dead_letters import DeadLetter
 from sinks.documents import Cut, Documents
+from sinks.evidence import sealed
 from sinks.positions import Positions, place_text
 from streams.agent import Agent
 from streams.batch import Batch, NotYet, Record
@@ -288,7 +289,7 @@ class PeriodClose(Agent):
         self._documents.insert_rows(period, "held", held, {})
         self._documents.insert_documents(issued)
         for document in issued:
-            body = json.dumps(document.as_json(), separators=(",", ":"))
+            body = json.dumps(sealed(document.as_json()), separators=(",", ":"))
             value = {"number": document.number, "period": text, "body": body}
             self._context.outbox.send(INVOICES, self._context.codec.encode("Document", value), key=document.number)
         self._context.outbox.flush()

@@ -10,7 +10,8 @@ the interchange form.  It holds, as of the close's cut,
 - `allocations`: the amount for each ordering party and year, and all that would draw on it by
   month, exact, in pence: what lines that are not on the document add is in it as a sum only;
 - `usage`: each practice's and item's units by London day, with the number and digest of the
-  readings where they are known, and who takes them where that is an order not on the document;
+  readings in the months that the close bills (`usage_months`), and who takes them where that is an
+  order not on the document;
 - `invoiced`: what was invoiced before to the document's payer, by line and month;
 - `vat_rates`: of rows that keep the rate that they were invoiced at.
 
@@ -100,10 +101,12 @@ class Evidence:
         known: Known,
         invoiced: Mapping[ChargeKey, int],
         readings: Mapping[Service, Mapping[int, Readings]],
+        months: Iterable[int],
     ) -> None:
-        """`invoiced` is what was invoiced before, `readings` what is known of days' readings."""
+        """`invoiced` is what was invoiced before, `readings` all readings of these months."""
         self._known = known
         self._readings = readings
+        self._months = [month_text(month) for month in sorted(months)]
         self._invoiced: dict[tuple[str, str], dict[tuple[str, str], dict[LineKey, dict[int, int]]]] = {}
         for key, amount in invoiced.items():
             if amount:
@@ -143,6 +146,7 @@ class Evidence:
             "acceptances": self._acceptances(lines),
             "allocations": self._allocations(lines),
             "usage": self._usage(lines, items, document.period),
+            "usage_months": self._months,
             "invoiced": self._invoiced_before(document, items),
             "vat_rates": [
                 {**_names(key), "month": month_text(key.month), "vat_rate": micros_text(rate)}
@@ -209,6 +213,8 @@ class Evidence:
             for day, quantity in sorted(book.usage.get(service, {}).items()):
                 if day > until:
                     break
+                if not quantity:
+                    continue
                 said: dict[str, Any] = {"day": iso(day), "quantity": micros_text(quantity)}
                 if readings := self._readings.get(service, {}).get(day):
                     said |= {"readings": readings.count, "sha256": readings.sha256}
@@ -216,8 +222,7 @@ class Evidence:
                 if takers and item_id not in items.get(takers[0].order.number, ()):
                     said["taken_by"] = takers[0].order.number
                 days.append(said)
-            if days:
-                found.append({"item_id": item_id, "ods_code": ods_code, "days": days})
+            found.append({"item_id": item_id, "ods_code": ods_code, "days": days})
         return found
 
     def _invoiced_before(self, document: Document, items: Mapping[str, set[str]]) -> list[dict[str, Any]]:
@@ -265,8 +270,9 @@ class Read:
     amounts: dict[tuple[str, int], int] = field(default_factory=dict)
     invoiced: dict[ChargeKey, int] = field(default_factory=dict)
     vat_rates_micros: dict[ChargeKey, int] = field(default_factory=dict)
-    #: The units of each day, and the readings that they are, as the evidence says.
+    #: The units of each day, and the readings that they are in these months, as the evidence says.
     days: dict[Service, dict[int, tuple[int, Readings | None]]] = field(default_factory=dict)
+    months: set[int] = field(default_factory=set)
 
     def vat_rate_micros(self, key: ChargeKey) -> int | None:
         """The rate of a row: the one that it keeps, or its order's; None for a row of neither."""
@@ -287,6 +293,10 @@ def read_evidence(value: object) -> Read:
         book=Book([], Reference(), {}),
     )
     usage = _read_usage(fields, read)
+    months = fields.require("usage_months")
+    if not isinstance(months, list):
+        raise Refused("usage_months", "is a list of months")
+    read.months = {_month(Fields({"": month}, "usage_months"), "") for month in months}
     read.book = Book(_read_orders(fields), _read_reference(fields), usage)
     for row in fields.list("allocations"):
         key = (row.text("ordering_party"), row.integer("financial_year"))
@@ -367,11 +377,12 @@ def _read_usage(fields: Fields, read: Read) -> dict[Service, dict[int, int]]:
     usage: dict[Service, dict[int, int]] = {}
     for row in fields.list("usage"):
         service = (row.text("item_id"), row.text("ods_code"))
+        read.days.setdefault(service, {})
         for said in row.list("days"):
             day, quantity, readings = said.day("day"), _total_micros(said, "quantity"), None
             if said.get("sha256") is not None:
                 readings = Readings(said.integer("readings"), said.text("sha256"))
-            read.days.setdefault(service, {})[day] = quantity, readings
+            read.days[service][day] = quantity, readings
             if said.get("taken_by") is None:
                 usage.setdefault(service, {})[day] = quantity
     return usage

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from rating.amounts import GRAINS, Exact, pence, whole
-from rating.calendar import month_text
+from rating.book import Service
+from rating.calendar import month_text, parse_month
 from rating.causes import Cause
 from rating.close import ChargeKey
 from sinks.clickhouse import ClickHouse
+from sinks.ledger import Ledger
+from sinks.positions import Positions
 
 
 class EvidenceStore:
@@ -103,3 +109,44 @@ class EvidenceStore:
 def evidence_text(evidence: Mapping[str, Any]) -> str:
     """Evidence as its file has it; a document names the SHA-256 of these bytes."""
     return json.dumps(evidence, separators=(",", ":"), ensure_ascii=False) + "\n"
+
+
+def sealed(body: dict[str, Any]) -> dict[str, Any]:
+    """A document with the digest of all that it says (docs/verification.md)."""
+    text = json.dumps(body, separators=(",", ":"), ensure_ascii=False, sort_keys=True)
+    return {**body, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def write_evidence(
+    clickhouse: ClickHouse, period: int, generation: int, cut: Positions, folder: Path, name: Callable[[str], str]
+) -> list[Path]:
+    """Writes what a period's documents came from beside them; returns the files.
+
+    `<number>-evidence.json`, and where there is usage `<number>-usage.jsonl`, the readings of the months
+    that were billed in the interchange form.  `name` makes a number part of a file name.
+    """
+    written: list[Path] = []
+    numbers: dict[Service, list[str]] = {}
+    months: set[int] = set()
+    for number, text in EvidenceStore(clickhouse).evidence(period):
+        path = folder / f"{name(number)}-evidence.json"
+        path.write_text(text, encoding="utf-8", newline="")
+        written.append(path)
+        evidence = json.loads(text)
+        months |= {parse_month(month) for month in evidence["usage_months"]}
+        for each in evidence["usage"]:
+            numbers.setdefault((each["item_id"], each["ods_code"]), []).append(number)
+    if not (numbers and months):
+        return written
+    with ExitStack() as stack:
+        files = {}
+        for number in sorted({number for each in numbers.values() for number in each}):
+            path = folder / f"{name(number)}-usage.jsonl"
+            files[number] = stack.enter_context(path.open("w", encoding="utf-8", newline=""))
+            written.append(path)
+        items = {item_id for item_id, _ in numbers}
+        for reading in Ledger(clickhouse).readings_at_cut(generation, cut, items, months):
+            line = json.dumps({"topic": "usage", "value": reading}, separators=(",", ":"), ensure_ascii=False) + "\n"
+            for number in numbers.get((reading["item_id"], reading["ods_code"]), ()):
+                files[number].write(line)
+    return written

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from rating.book import Service
-from rating.calendar import london_day, parse_month
+from rating.calendar import london_day, month_of, parse_month
 from rating.close import ChargeKey, csv_rows, derive, invoice
 from rating.documents import Document, documents
 from rating.evidence import Evidence, Known, Readings, Said
@@ -89,7 +89,9 @@ class Told(Replay):
             {code: list(changes) for code, changes in self.reference.items()},
             dict(derived.wanted),
         )
-        evidence = Evidence(known, dict(self.invoiced), self.readings())
+        readings = self.readings()
+        months = {month_of(day) for days in readings.values() for day in days}
+        evidence = Evidence(known, dict(self.invoiced), readings, months)
         self.told.append(ToldClose(period, known, rows, issued, [evidence.of(document) for document in issued]))
         for document in issued:
             self.issued[document.payer] = self.issued.get(document.payer, 0) + 1
