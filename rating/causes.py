@@ -71,6 +71,7 @@ class Causes:
         self._known: dict[tuple[LineKey, int], Cause] = {}
         self._own_known: dict[tuple[LineKey, int, int], list[str]] = {}
         self._others_known: dict[tuple[str, str, int, int], set[str]] = {}
+        self._together_known: dict[tuple[str, str], bool] = {}
         self._coverage_known: dict[tuple[bool, str, int], dict[int, Exact]] = {}
         self._news_known: dict[str, list[_News]] = {}
 
@@ -109,10 +110,7 @@ class Causes:
     def _differences(self, before: Known, old: Line, new: Line, low: int, high: int) -> list[str]:
         """What is known otherwise that acts on the line's days `[low, high)`."""
         said = [*self._own(before, old, new, low, high), *self._payers(before, old, new, low, high)]
-        if (
-            (rated_together(old.order, old.item_id) or rated_together(new.order, new.item_id))
-            and self._others(before, old, new, low, high) - {new.ods_code}
-        ):  # fmt: skip
+        if self._together(old, new) and self._others(before, old, new, low, high) - {new.ods_code}:
             said.append(f"change of the total of order {new.order.number} for {new.item_id}")
         # A line's own change moves what draws on an allocation too; that alone is said only of the other lines.
         amounts, drawn = self._allocation(before, old, new, low, high)
@@ -243,6 +241,13 @@ class Causes:
             said = f"service credit of {_pounds(credit.amount_micros)} on {_day(credit.day, month_of(low))} withdrawn"
             yield said + self._ids(new.key, "ServiceCredit")
 
+    def _together(self, old: Line, new: Line) -> bool:
+        """Whether the order's lines for the item are rated together, at one of the cuts."""
+        key = new.key[:2]
+        if key not in self._together_known:
+            self._together_known[key] = any(rated_together(line.order, line.item_id) for line in (old, new))
+        return self._together_known[key]
+
     def _others(self, before: Known, old: Line, new: Line, low: int, high: int) -> set[str]:
         """The practices whose lines of the order's item have changed in `[low, high)`."""
         key = (*new.key[:2], low, high)
@@ -347,8 +352,9 @@ class Causes:
 
 
 def _news(changes: Sequence[Said], known: int) -> Iterator[_News]:
-    by_id = {value["id"]: value for value in changes}
-    for value in changes[known:]:
+    new = changes[known:]
+    by_id = {value["id"]: value for value in changes} if any("Retracted" in value["change"] for value in new) else {}
+    for value in new:
         [(kind, body)] = value["change"].items()
         target = value
         while "Retracted" in target["change"]:

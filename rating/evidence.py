@@ -208,21 +208,23 @@ class Evidence:
         }
         for service in sorted(metered):
             item_id, ods_code = service
-            several = len(book.by_service.get(service, ())) > 1
-            days = []
-            for day, quantity in sorted(book.usage.get(service, {}).items()):
-                if day > until:
-                    break
-                if not quantity:
-                    continue
-                said: dict[str, Any] = {"day": iso(day), "quantity": micros_text(quantity)}
-                if readings := self._readings.get(service, {}).get(day):
-                    said |= {"readings": readings.count, "sha256": readings.sha256}
-                takers = book.takers(service, day) if several else ()
-                if takers and item_id not in items.get(takers[0].order.number, ()):
-                    said["taken_by"] = takers[0].order.number
-                days.append(said)
-            found.append({"item_id": item_id, "ods_code": ods_code, "days": days})
+            used = [(day, quantity) for day, quantity in sorted(book.usage.get(service, {}).items()) if quantity]
+            used = [each for each in used if each[0] <= until]
+            readings = self._readings.get(service, {})
+            said: dict[str, Any] = {
+                "item_id": item_id,
+                "ods_code": ods_code,
+                "quantity": {iso(day): micros_text(quantity) for day, quantity in used},
+                "readings": {iso(day): [each.count, each.sha256] for day, _ in used if (each := readings.get(day))},
+            }
+            if len(book.by_service.get(service, ())) > 1:
+                said["taken_by"] = {
+                    iso(day): takers[0].order.number
+                    for day, _ in used
+                    if (takers := book.takers(service, day))
+                    if item_id not in items.get(takers[0].order.number, ())
+                }
+            found.append(said)
         return found
 
     def _invoiced_before(self, document: Document, items: Mapping[str, set[str]]) -> list[dict[str, Any]]:
@@ -377,15 +379,25 @@ def _read_usage(fields: Fields, read: Read) -> dict[Service, dict[int, int]]:
     usage: dict[Service, dict[int, int]] = {}
     for row in fields.list("usage"):
         service = (row.text("item_id"), row.text("ods_code"))
-        read.days.setdefault(service, {})
-        for said in row.list("days"):
-            day, quantity, readings = said.day("day"), _total_micros(said, "quantity"), None
-            if said.get("sha256") is not None:
-                readings = Readings(said.integer("readings"), said.text("sha256"))
-            read.days[service][day] = quantity, readings
-            if said.get("taken_by") is None:
+        quantities, said = _mapping(row, "quantity"), _mapping(row, "readings")
+        taken_by = _mapping(row, "taken_by").value if row.get("taken_by") is not None else {}
+        days = read.days.setdefault(service, {})
+        for text in quantities.value:
+            day, quantity = _day(text, quantities), _total_micros(quantities, text)
+            days[day] = quantity, _read_readings(said, text) if said.get(text) is not None else None
+            if text not in taken_by:
                 usage.setdefault(service, {})[day] = quantity
+        if extra := said.value.keys() - quantities.value.keys():
+            raise Refused(said.at(min(extra)), "has readings of a day without a quantity")
     return usage
+
+
+def _read_readings(fields: Fields, day: str) -> Readings:
+    pair = fields.require(day)
+    if not isinstance(pair, list) or len(pair) != 2:
+        raise Refused(fields.at(day), "is a pair of count and SHA-256")
+    said = Fields({"count": pair[0], "sha256": pair[1]}, fields.at(day))
+    return Readings(said.integer("count"), said.text("sha256"))
 
 
 def _total_micros(fields: Fields, name: str) -> int:

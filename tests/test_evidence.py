@@ -83,7 +83,7 @@ def test_what_matters_is_found(closes: list[Any]) -> None:
                 name = str(path[-1])
                 if name in MATTERS and "wanted" not in path:
                     other = changed(evidence, path, MATTERS[name])
-                elif name == "quantity" and "days" in path:
+                elif "usage" in path and "quantity" in path:
                     other = changed(evidence, path, str(float(value) + 1))
                 elif name == "date" and "M1" in str(evidence["contract_changes"][path[1]]):
                     other = changed(evidence, path, "2026-04-13")
@@ -91,8 +91,8 @@ def test_what_matters_is_found(closes: list[Any]) -> None:
                     continue
                 # On some places no row of a document hangs: a list size that another has replaced, say.
                 if rederive(read_evidence(other)) != document.rows:
-                    found.add("invoiced" if "invoiced" in path else name)
-    assert found == {"price", "2026-03-01", "2026-04-01", "amount", "invoiced", "quantity", "date"}
+                    found.add(str(path[0]) if path[0] in ("invoiced", "usage") else name)
+    assert found == {"price", "2026-03-01", "2026-04-01", "amount", "invoiced", "usage", "date"}
 
 
 def test_an_order_that_takes_the_usage_is_named() -> None:
@@ -111,8 +111,9 @@ def test_an_order_that_takes_the_usage_is_named() -> None:
     told = tell([*other, lower, live, {"close": "2026-04"}])
     [close] = told.told
     evidence = next(each for each in close.evidence if each["supplier_id"] == "10000" and each["payer"] == "NHSE")
-    days = {day["day"]: day.get("taken_by") for each in evidence["usage"] for day in each["days"]}
-    assert days == {"2026-04-03": None, "2026-04-11": "C000001", "2026-04-30": "C000001"}
+    [usage] = evidence["usage"]
+    assert list(usage["quantity"]) == ["2026-04-03", "2026-04-11", "2026-04-30"]
+    assert usage["taken_by"] == {"2026-04-11": "C000001", "2026-04-30": "C000001"}
     assert "10052" not in json.dumps(evidence)
     document = next(each for each in close.documents if each.number == evidence["number"])
     assert rederive(read_evidence(evidence)) == document.rows
@@ -124,8 +125,8 @@ def test_an_order_that_takes_the_usage_is_named() -> None:
         (("format",), "other/9", "format"),
         (("period",), "2026-13", "period"),
         (("usage",), None, "usage"),
-        (("usage", 0, "days", 0, "quantity"), "-1", "usage[0].days[0].quantity"),
-        (("usage", 0, "days", 0, "day"), "2026-04-31", "usage[0].days[0].day"),
+        (("usage", 0, "quantity", "2026-04-03"), "-1", "usage[0].quantity.2026-04-03"),
+        (("usage", 0, "readings", "2026-04-03"), [1], "usage[0].readings.2026-04-03"),
         (("allocations", 0, "wanted", "2026-04"), "1/0", "allocations[0].wanted.2026-04"),
         (("practices", "A83005", "list_sizes", "2026-03-01"), "many", "practices.A83005.list_sizes.2026-03-01"),
         (("contract_changes", 0, "id"), 7, "contract_changes[0].id"),
