@@ -7,7 +7,7 @@ both are made here from one reading of the ledger's changes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from agents.context import Context
 from rating.book import Book, Order, Reference, Service
@@ -90,9 +90,13 @@ class Explaining:
             document.explanations = {
                 key: (causes[key].text, originals.get(key, "")) for key in document.rows if key in causes
             }
+        self._store.insert_evidence(period, self._evidence(documents, evidence))
+
+    def _evidence(self, documents: Iterable[Document], evidence: Evidence) -> Iterator[tuple[str, str]]:
+        for document in documents:
             body = evidence_text(evidence.of(document))
             document.evidence_sha256 = hashlib.sha256(body.encode()).hexdigest()
-            self._store.insert_evidence(period, document.number, body)
+            yield document.number, body
 
     def _causes(
         self, period: int, changes: Changes, known: Known, adjusted: Sequence[ChargeKey]

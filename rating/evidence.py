@@ -33,7 +33,7 @@ from rating.calendar import FOREVER, financial_year, last_day, month_text, parse
 from rating.charges import iso
 from rating.close import ChargeKey, Derivation, invoice, rate_lines
 from rating.documents import Document
-from rating.funding import Coverage, allocation_exact, draw_down, payer_order, settle
+from rating.funding import Coverage, allocation_exact, charge_of, draw_down, payer_order, settle
 from rating.records import (
     ContractChange,
     Fields,
@@ -323,7 +323,7 @@ def rederive(read: Read) -> dict[ChargeKey, int]:
         entitlement = Entitlement()
         for month, split in months.items():
             shares = settle(split, month, coverage)
-            grown = entitlement.add_month(shares, partial(payer_order, line, month))
+            grown = entitlement.add_month(charge_of(split), shares, partial(payer_order, line, month))
             if read.payer in grown:
                 key = ChargeKey(*line.key, read.supplier_id, read.payer, month)
                 derived.payable[key] = grown[read.payer]

@@ -19,6 +19,9 @@ from sinks.clickhouse import ClickHouse
 from sinks.ledger import Ledger
 from sinks.positions import Positions
 
+#: So much evidence is held before it is inserted.
+_INSERT_CHARACTERS = 16_000_000
+
 
 class EvidenceStore:
     """Reads and writes the tables of `0006_evidence.sql`."""
@@ -88,9 +91,16 @@ class EvidenceStore:
         )
         return {(party, month): whole(Fraction(exact) * GRAINS) for party, month, exact in rows}
 
-    def insert_evidence(self, period: int, number: str, body: str) -> None:
-        """Inserts the evidence of one document."""
-        self._clickhouse.insert("evidence", ("period", "number", "body"), [(month_text(period), number, body)])
+    def insert_evidence(self, period: int, bodies: Iterable[tuple[str, str]]) -> None:
+        """Inserts the evidence of documents, number and JSON, some megabytes at a time."""
+        columns, rows, size = ("period", "number", "body"), [], 0
+        for number, body in bodies:
+            rows.append((month_text(period), number, body))
+            size += len(body)
+            if size > _INSERT_CHARACTERS:
+                self._clickhouse.insert("evidence", columns, rows)
+                rows, size = [], 0
+        self._clickhouse.insert("evidence", columns, rows)
 
     def evidence(self, period: int) -> Iterator[tuple[str, str]]:
         """The evidence of a period's documents, one at a time: number and JSON."""
