@@ -9,7 +9,8 @@ The order of steps for a close, each of which can be repeated with the same resu
 2. `CutFixed` is recorded in the ledger.
 3. Each stage in turn must have committed what lay before it: what intake had to do up to the cut,
    then what that put into `usage-accepted`, and so on.  Until then nothing is written.
-4. All lines are derived from the ledger as of the cut, and the accruals compared with it.
+4. All lines are derived from the ledger as of the cut, and the accruals compared with it.  The causes of
+   adjustments and the evidence of documents are found and inserted.
 5. Rows, documents, then the period itself are inserted.  A crash in between repeats from 3 with
    the same cut, and the same rows and numbers collapse.
 6. `PeriodClosed` is sent; the broker acknowledges it and the documents.
@@ -29,17 +30,19 @@ from typing import Any, ClassVar
 import structlog
 
 from agents.context import Context
+from agents.explaining import Changes, Explaining
 from rating.amounts import micros, micros_text, pence
-from rating.book import Book, LineKey, Order, Reference
+from rating.book import Book, LineKey
 from rating.calendar import month_start, month_text, parse_month
 from rating.close import Derivation, derive, invoice, rate_lines
 from rating.documents import documents
 from rating.funding import charge_of
-from rating.records import Refused, read_contract_change, read_reference_change
+from rating.records import Refused
 from sinks import metrics
 from sinks.accruals import Accruals, decimal
 from sinks.dead_letters import DeadLetter
 from sinks.documents import Cut, Documents
+from sinks.evidence import sealed
 from sinks.positions import Positions, place_text
 from streams.agent import Agent
 from streams.batch import Batch, NotYet, Record
@@ -75,6 +78,7 @@ class PeriodClose(Agent):
         self._context = context
         self._generation = context.settings.log_generation
         self._documents = Documents(context.clickhouse)
+        self._explaining = Explaining(context)
         self._accruals = Accruals(context.clickhouse)
         self._broker = Broker(context.settings)
         #: For a period, the ends that each stage must reach, found once the stage before was done.
@@ -267,20 +271,25 @@ class PeriodClose(Agent):
                 self._said = str(reason)
             raise
         self._answer(text, record, "waiting", "all is applied; the lines are being derived")
-        book = self._book_at_cut(cut)
+        changes = Changes(self._context, cut.generation, cut.positions)
+        known = changes.known(self._context.ledger.totals_at_cut(cut.generation, cut.positions))
+        book = known.book
         with collector_paused():
             derived = derive(book, period)
+        known.wanted = derived.wanted
         drift = self._drift(period, derived, cut)
-        rows, held = invoice(derived, self._documents.invoiced_before(period), period)
+        invoiced = self._documents.invoiced_before(period)
+        rows, held = invoice(derived, invoiced, period)
         rates = self._documents.vat_rates_before(period)
         issued = documents(rows, period, book, self._documents.issued_before(period), rates)
         assert sum(rows.values()) == sum(document.net_pence for document in issued)
+        self._explaining.explain(period, cut, changes, known, invoiced, issued)
         rates = {key: rate for document in issued for key, rate in document.vat_rates_micros.items()}
         self._documents.insert_rows(period, "invoiced", rows, rates)
         self._documents.insert_rows(period, "held", held, {})
         self._documents.insert_documents(issued)
         for document in issued:
-            body = json.dumps(document.as_json(), separators=(",", ":"))
+            body = json.dumps(sealed(document.as_json()), separators=(",", ":"))
             value = {"number": document.number, "period": text, "body": body}
             self._context.outbox.send(INVOICES, self._context.codec.encode("Document", value), key=document.number)
         self._context.outbox.flush()
@@ -299,23 +308,6 @@ class PeriodClose(Agent):
         metrics.ACCRUAL_DRIFT.set(float(decimal(drift)))
         metrics.CLOSED_PERIOD.set(month_start(period + 1).timestamp())
         log.info("period closed", period=text, documents=len(issued), rows=len(rows), drift=str(drift))
-
-    def _book_at_cut(self, cut: Cut) -> Book:
-        usage = self._context.ledger.totals_at_cut(cut.generation, cut.positions)
-        return self._book(cut.generation, cut.positions, usage)
-
-    def _book(self, generation: int, positions: Positions, usage: Any) -> Book:
-        by_order: dict[str, list[Any]] = {}
-        for change in self._context.ledger.changes(CONTRACT_CHANGES, generation, positions):
-            if change.accepted:
-                by_order.setdefault(change.key, []).append(read_contract_change(change.body))
-        orders = [Order.fold(number, changes) for number, changes in by_order.items()]
-        reference = Reference.fold(
-            read_reference_change(change.body)
-            for change in self._context.ledger.changes(REFERENCE_CHANGES, generation, positions)
-            if change.accepted
-        )
-        return Book(orders, reference, usage)
 
     def _drift(self, period: int, derived: Derivation, cut: Cut) -> Fraction:
         """By how many pence the accruals differ from what the ledger gives at the positions that they count.
@@ -354,7 +346,7 @@ class PeriodClose(Agent):
     def _exact_at(self, counted: Positions, period: int) -> Mapping[tuple[LineKey, int], Fraction]:
         """What the ledger gives at positions that the accruals count."""
         usage = self._context.ledger.totals_accepted(self._generation, counted)
-        book = self._book(self._generation, counted, usage)
+        book = Changes(self._context, self._generation, counted).known(usage).book
         return {
             (line.key, month): pence(charge_of(split))
             for line, months in rate_lines(book, period)

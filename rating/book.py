@@ -74,7 +74,18 @@ class Line:
         )
 
     def live(self, reference: Reference) -> tuple[int, int]:
-        """The live days `[first, end)`; (0, 0) when never live (3.1)."""
+        """The live days `[first, end)`; (0, 0) when never live (3.1).
+
+        >>> line = OrderLine("10000-001", "A83005", 0, None, ())  # its price and funding play no part
+        >>> placed = said.OrderPlaced("C010001-01", Header("16C", "10000", "", 739342, 12, 0), (line,))
+        >>> live = said.MilestoneReached("10000-001", "A83005", "M1", 739350)
+        >>> ceased = said.LineCeased("10000-001", "A83005", 739400)
+        >>> def days(*bodies):
+        ...     order = Order.fold("C010001", [ContractChange(str(n), "C010001", b) for n, b in enumerate(bodies)])
+        ...     return order.lines["10000-001", "A83005"].live(Reference())
+        >>> days(placed), days(placed, live), days(placed, live, ceased)
+        ((0, 0), (739350, 739707), (739350, 739400))
+        """
         first = self.m1
         if first is None:
             return 0, 0
@@ -89,7 +100,10 @@ class Line:
         return (first, end) if first < end else (0, 0)
 
     def payable(self, last_day: int) -> bool:
-        """Whether what accrued is released in a period that ends on `last_day` (3.8)."""
+        """Whether what accrued is released in a period that ends on `last_day` (3.8).
+
+        Held until M2 is known and not later than the period's end; a one-off needs none.
+        """
         return self.is_one_off or (self.m2 is not None and self.m2 <= last_day)
 
 
@@ -274,7 +288,16 @@ class Reference:
         return self.codes.get(code, _NOTHING_SAID)
 
     def accepted(self, item_id: str, day: int) -> bool:
-        """Whether every requirement named for the item covers the day (3.7)."""
+        """Whether every requirement named for the item covers the day (3.7).
+
+        >>> reference = Reference.fold([
+        ...     ReferenceChange("1", "10000-001", said.ServiceAccepted("10000-001", "C5", 100, 200)),
+        ...     ReferenceChange("2", "10000-001", said.ServiceAccepted("10000-001", "C11", 150, 300))])
+        >>> [reference.accepted("10000-001", day) for day in (149, 150, 199, 200)]
+        [False, True, True, False]
+        >>> reference.accepted("10000-002", 100)  # none is named for it
+        True
+        """
         return all(spans.covers(day) for spans in self.of(item_id).acceptances.values())
 
     def patients_under(self, day: int) -> Mapping[str, int]:

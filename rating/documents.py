@@ -25,6 +25,9 @@ class Document:
     supplier_id: str
     rows: dict[ChargeKey, int] = field(default_factory=dict)
     vat_rates_micros: dict[ChargeKey, int] = field(default_factory=dict)
+    #: Of adjustments: the cause, and the document that first invoiced the key or "".
+    explanations: dict[ChargeKey, tuple[str, str]] = field(default_factory=dict)
+    evidence_sha256: str = ""
 
     @property
     def net_pence(self) -> int:
@@ -69,6 +72,7 @@ class Document:
                     "kind": "charge" if key.month == self.period else "adjustment",
                     "vat_rate": micros_text(self.vat_rates_micros[key]),
                     "net": pounds_text(pence),
+                    **self.explained(key),
                 }
                 for key, pence in sorted(self.rows.items())
             ],
@@ -79,7 +83,15 @@ class Document:
             "net": pounds_text(self.net_pence),
             "vat": pounds_text(self.vat_pence),
             "gross": pounds_text(self.net_pence + self.vat_pence),
+            "evidence_sha256": self.evidence_sha256,
         }
+
+    def explained(self, key: ChargeKey) -> dict[str, str | None]:
+        """The cause of an adjustment and its original document; nothing of a charge."""
+        if key not in self.explanations:
+            return {}
+        cause, original = self.explanations[key]
+        return {"cause": cause, "original_document": original or None}
 
 
 def documents(

@@ -43,7 +43,14 @@ class Group(NamedTuple):
         )
 
     def settle(self, coverage: Exact) -> dict[str, Exact]:
-        """What each payer takes when the allocation covers this fraction of what is wanted."""
+        """What each payer takes when the allocation covers this fraction of what is wanted (3.9).
+
+        Of 100 a share of 0.3, then the allocation, which covers half of the 70 that it would draw, then the rest:
+
+        >>> group = Group("16C", 100, (("FUND", 30),), "NHSE", 70, (), "16C")
+        >>> {payer: str(amount) for payer, amount in group.settle(divided(1, 2)).items()}
+        {'FUND': '30', 'NHSE': '35', '16C': '35'}
+        """
         shares: dict[str, Exact] = {}
         remaining = self.charge
         for payer, amount in self.taken:
@@ -186,7 +193,15 @@ class Drawn(NamedTuple):
 
 
 def draw_down(allocation: Exact, wanted: Mapping[int, Exact], year: int) -> dict[int, Drawn]:
-    """A financial year's months in order; in the one in which it runs dry all get the same fraction."""
+    """A financial year's months in order; in the one in which it runs dry all get the same fraction (3.9).
+
+    An allocation of 150 and 100 wanted in April, May and June: May is covered by half, June not at all.
+
+    >>> april = 2026 * 12 + 3
+    >>> drawn = draw_down(150, {april: 100, april + 1: 100, april + 2: 100}, 2026)
+    >>> [(str(drawn[month].coverage), drawn[month].left) for month in (april, april + 1, april + 2)]
+    [('1', 50), ('1/2', 0), ('0', 0)]
+    """
     drawn, left = {}, allocation
     for month in financial_year_months(year):
         want = wanted.get(month, 0)

@@ -11,7 +11,13 @@ class Entitlement:
     """One line's running entitlement and its payers' cumulative shares, month after month.
 
     With E the exact entitlement to the end of a month the line has earned round(E) pence; the
-    month's charge is what that grew by.  Payers are rounded to sum to it by largest remainder.
+    month's charge is what that grew by.  Payers are rounded to sum to it by largest remainder (3.10).
+
+    Three months of a third of a penny each, all of one payer: the penny is earned in the second.
+
+    >>> line = Entitlement()
+    >>> [line.add_month(GRAINS // 3, {"NHSE": GRAINS // 3}, lambda: ["NHSE"]) for _ in range(3)]
+    [{}, {'NHSE': 1}, {}]
     """
 
     __slots__ = ("exact", "payers_exact", "payers_pence")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -35,6 +35,12 @@ class ClickHouse:
     def query(self, statement: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
         """The rows of a SELECT."""
         return list(self._call("query", statement, parameters=parameters).result_rows)
+
+    def stream(self, statement: str, parameters: Mapping[str, Any] | None = None) -> Iterator[tuple[Any, ...]]:
+        """The rows of a SELECT, block by block: as many as there are, in bounded memory."""
+        with self._call("query_row_block_stream", statement, parameters=parameters) as blocks:
+            for block in blocks:
+                yield from block
 
     def query_arrow(self, statement: str, parameters: Mapping[str, Any] | None = None) -> pa.Table:
         """The rows of a SELECT as an Arrow table."""

@@ -16,6 +16,7 @@ from rating.close import CSV_HEADER, ChargeKey, csv_rows
 from rating.documents import Document
 from sinks.accruals import decimal
 from sinks.clickhouse import ClickHouse
+from sinks.evidence import EvidenceStore, sealed, write_evidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Documents:
 
     def __init__(self, clickhouse: ClickHouse) -> None:
         self._clickhouse = clickhouse
+        self.evidence = EvidenceStore(clickhouse)
 
     # --- the course of a close ---
 
@@ -158,7 +160,7 @@ class Documents:
                     document.kind,
                     document.net_pence,
                     document.vat_pence,
-                    json.dumps(document.as_json(), separators=(",", ":")),
+                    json.dumps(sealed(document.as_json()), separators=(",", ":")),
                 )
                 for document in documents
             ],
@@ -171,6 +173,12 @@ class Documents:
             {"period": month_text(period)},
         )
         return [(number, kind, json.loads(body)) for number, kind, body in rows]
+
+    def write_evidence(self, period: int, folder: Path) -> list[Path]:
+        """Writes the evidence of a closed period's documents."""
+        cut = self.cut(period)
+        assert cut is not None, "a closed period has a cut"
+        return write_evidence(self._clickhouse, period, cut.generation, cut.positions, folder, safe_name)
 
     def insert_period(
         self, period: int, generation: int, documents: Sequence[Document], held_pence: int, drift: Fraction
@@ -220,7 +228,7 @@ def write_files(documents: Documents, period: int, directory: Path) -> list[Path
         path = folder / f"{safe_name(number)}-{kind}.json"
         path.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         written.append(path)
-    return written
+    return written + documents.write_evidence(period, folder)
 
 
 def safe_name(text: str) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import polars as pl
 import pyarrow as pa
 
+from rating.amounts import micros_text
 from rating.book import Service
+from rating.evidence import Readings
 from sinks.clickhouse import ClickHouse
 from sinks.positions import Positions, at_cut, cut_parameters
 from streams.topics import CONTRACT_CHANGES, REFERENCE_CHANGES, USAGE_ACCEPTED
@@ -55,8 +58,35 @@ FROM (
 )
 GROUP BY ods_code, item_id, day
 """
+#: The readings that stand of some items on days of some months, those of quantity 0 left out.
+_STANDING_READINGS = """
+SELECT ods_code, toString(supplier_id) AS supplier, id, latest, content.1 AS item_id, content.2 AS day,
+       content.3 AS quantity_micros, content.4 AS occurred_at_us
+FROM (
+    SELECT ods_code, supplier_id, id, max(revision) AS latest, argMax(content, revision) AS content
+    FROM (
+        SELECT ods_code, supplier_id, id, revision,
+               argMin((toString(item_id), toInt32(day), quantity_micros, toUnixTimestamp64Micro(occurred_at)),
+                      (generation, broker_timestamp_ms, topic, partition, offset, `index`)) AS content
+        FROM usage
+        WHERE {condition}
+        GROUP BY ods_code, supplier_id, id, revision
+    )
+    GROUP BY ods_code, supplier_id, id
+)
+WHERE content.1 IN {{items:Array(String)}} AND content.3 > 0
+  AND toYYYYMM(addDays(toDate32('1970-01-01'), content.2)) IN {{months:Array(UInt32)}}
+"""
+#: How many they are by day, and their digest (docs/verification.md).
+_DIGESTS = """
+SELECT ods_code, item_id, day, count(),
+       lower(hex(SHA256(arrayStringConcat(arraySort(groupArray(
+           concat(toString(latest), ' ', toString(quantity_micros), ' ', id, '\\n')))))))
+FROM ({readings}) GROUP BY ods_code, item_id, day
+"""
 #: `toInt32` of a date counts from 1970-01-01; ordinals count from 0001-01-01.
 _EPOCH_ORDINAL = 719163
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: At most so many bytes of values are bound to one parameter.
 BOUND_BYTES = 100_000
 
@@ -199,6 +229,37 @@ class Ledger:
         rows = self._clickhouse.query(statement, {"ods_code": ods_code, "item_id": item_id})
         return _by_service((code, item, day + _EPOCH_ORDINAL, quantity) for code, item, day, quantity in rows)
 
+    def digests_at_cut(
+        self, generation: int, cut: Positions, items: Iterable[str], months: Iterable[int]
+    ) -> dict[Service, dict[int, Readings]]:
+        """The number and digest of the readings of some items on each day of some months, at a cut."""
+        statement, parameters = _standing_readings(generation, cut, items, months)
+        found: dict[Service, dict[int, Readings]] = {}
+        rows = self._clickhouse.query(_DIGESTS.format(readings=statement), parameters)
+        for ods_code, item_id, day, count, digest in rows:
+            found.setdefault((item_id, ods_code), {})[day + _EPOCH_ORDINAL] = Readings(count, digest)
+        return found
+
+    def readings_at_cut(
+        self, generation: int, cut: Positions, items: Iterable[str], months: Iterable[int]
+    ) -> Iterator[dict[str, Any]]:
+        """Those readings themselves, as interchange values, by practice, item and day."""
+        statement, parameters = _standing_readings(generation, cut, items, months)
+        statement += " ORDER BY ods_code, item_id, day, supplier, id"
+        for ods_code, supplier, reading_id, revision, item_id, _, quantity, at in self._clickhouse.stream(
+            statement, parameters
+        ):
+            occurred_at = (_EPOCH + timedelta(microseconds=at)).isoformat().replace("+00:00", "Z")
+            yield {
+                "id": reading_id,
+                "revision": revision,
+                "supplier_id": supplier,
+                "ods_code": ods_code,
+                "item_id": item_id,
+                "quantity": micros_text(quantity),
+                "occurred_at": occurred_at,
+            }
+
     def same_usage(self, generation: int, positions: Positions, cut: Positions) -> bool:
         """Whether positions in usage-accepted and a cut of the input topics take in the same usage."""
         accepted = at_cut(f"concat('{USAGE_ACCEPTED}/', toString(accepted_partition))", "accepted_offset")
@@ -245,6 +306,8 @@ class Ledger:
             " ORDER BY generation, partition, offset",
             cut_parameters(generation, positions),
         )
+        # Read together, for then equal names of fields are one text in memory.
+        bodies = json.loads(f"[{','.join(row[8] for row in rows)}]")
         return [
             SaidChange(
                 row[0],
@@ -255,10 +318,10 @@ class Ledger:
                 row[5],
                 row[6] == "accepted",
                 row[7],
-                json.loads(row[8]),
+                body,
                 row[9],
             )
-            for row in rows
+            for row, body in zip(rows, bodies, strict=True)
         ]
 
     def positions_seen(self, generation: int) -> dict[str, int]:
@@ -363,6 +426,17 @@ class Ledger:
             {"generation": generation, "partitions": partitions},
         )
         return self.positions_seen(generation) | {str(place): int(end) for place, end in rows}
+
+
+def _standing_readings(
+    generation: int, cut: Positions, items: Iterable[str], months: Iterable[int]
+) -> tuple[str, dict[str, Any]]:
+    condition = at_cut("concat(topic, '/', toString(partition))")
+    parameters = cut_parameters(generation, cut) | {
+        "items": sorted(items),
+        "months": [month // 12 * 100 + month % 12 + 1 for month in sorted(months)],
+    }
+    return _STANDING_READINGS.format(condition=condition), parameters
 
 
 def chunks(values: Iterable[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:

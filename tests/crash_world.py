@@ -8,6 +8,8 @@ offset.  What had been sent stays sent, what had been inserted stays inserted.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -20,6 +22,7 @@ import pyarrow as pa
 from agents.charges import Charges
 from agents.context import Context
 from agents.contracts import Contracts
+from agents.explaining import Changes
 from agents.funding import Funding
 from agents.intake import Intake
 from agents.period_close import PeriodClose
@@ -30,6 +33,7 @@ from rating.amounts import Exact, pence
 from rating.book import Book
 from rating.calendar import financial_year, parse_month
 from rating.close import csv_rows, derive
+from rating.evidence import read_evidence, rederive
 from rating.funding import allocation_exact, draw_down
 from sinks.accruals import Accruals, decimal, fraction_text
 from sinks.claims import Claims
@@ -394,13 +398,12 @@ class World:
     def book(self) -> Book:
         """What the ledger says of all that is in the log."""
         ends = {place_text(*place): self.log.end(place) for place in self.log.records}
-        close = PeriodClose.__new__(PeriodClose)
-        close._context = self.start("intake")._context
-        usage = close._context.ledger.totals_at_cut(
+        context = self.start("intake")._context
+        usage = context.ledger.totals_at_cut(
             self.settings.log_generation,
             {text: end for text, end in ends.items() if text.rpartition("/")[0] in input_topics(self.settings)},
         )
-        return close._book(self.settings.log_generation, ends, usage)
+        return Changes(context, self.settings.log_generation, ends).known(usage).book
 
     def check_closes(self, expected: Iterable[Any]) -> None:
         """The closed rows are the oracle's, and the accruals agreed with them at each cut."""
@@ -409,8 +412,23 @@ class World:
             for kind, rows in (("invoiced", close.lines), ("held", close.held)):
                 found = [tuple(row) for row in csv_rows(self.documents.rows(period, kind), period)]
                 assert found == [tuple(row) for row in rows], f"{kind} of {close.period}"
+            self._check_explained(period)
         drifts = self.clickhouse.query("SELECT period, toString(drift_pence) FROM periods FINAL WHERE drift_pence != 0")
         assert drifts == [], "the accruals differed from the ledger at a close (promise 3)"
+
+    def _check_explained(self, period: int) -> None:
+        """Each document's rows come out of its evidence, and each of its adjustments has its cause."""
+        rows = self.documents.rows(period, "invoiced")
+        evidence = dict(self.documents.evidence.evidence(period))
+        rederived: dict[Any, int] = {}
+        for number, _, body in self.documents.documents(period):
+            text = evidence.pop(number)
+            assert hashlib.sha256(text.encode()).hexdigest() == body["evidence_sha256"], number
+            rederived |= rederive(read_evidence(json.loads(text)))
+            for line in body["lines"]:
+                assert bool(line.get("cause")) == (line["kind"] == "adjustment"), line
+        assert rederived == rows
+        assert not evidence
 
     def check_state(self) -> None:
         """Accruals, cached totals and allocations drawn are what the ledger gives (promise 3)."""

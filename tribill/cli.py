@@ -247,6 +247,44 @@ def close(context: click.Context, period: str | None, previous: bool, out: Path 
     click.echo(closed.summary())
 
 
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--usage",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A supplier's own readings, an interchange file: compared reading by reading.  May be repeated.",
+)
+@click.option("--verbose", is_flag=True, help="Say what agrees too, line by line.")
+def verify(path: Path, usage: Sequence[Path], verbose: bool) -> None:
+    """Derive documents from the evidence beside them, and say what does not agree.
+
+    PATH is a document (NUMBER-invoice.json), the folder of a period, or the folder that `tribill run
+    --out` wrote.  Nothing else is needed: no server, no database.
+
+    \b
+      tribill verify bills
+      tribill verify bills/2026-04/NHSE-000001-invoice.json --usage april.jsonl
+
+    Exit code 0: all agrees.  1: something does not; it is listed.  2: something could not be read.
+    """
+    from tribill.verify import Unusable
+    from tribill.verify import verify as verify_path
+
+    try:
+        verdict = verify_path(path, usage, click.echo, verbose=verbose)
+    except Unusable as error:
+        click.echo(f"tribill: {error}", err=True)
+        sys.exit(2)
+    compared = f"{verdict.documents} documents, {verdict.lines} lines agree"
+    if verdict.days:
+        compared += f", {verdict.days} days of readings compared"
+    differences = len(verdict.differences) + len(verdict.unusable)
+    click.echo(f"{compared}; {differences or 'no'} difference{'' if differences == 1 else 's'}")
+    sys.exit(verdict.exit_code)
+
+
 @cli.command("import")
 @click.argument("kind", type=click.Choice(["orders", "list-sizes", "practices", "allocations"]))
 @click.argument("files", nargs=-1, required=True, type=_FILE)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from rating.amounts import pounds_text
-from rating.calendar import LONDON, month_text
+from rating.amounts import pounds_text, round_half_away
+from rating.calendar import LONDON, month_text, parse_month
 from sinks.clickhouse import ClickHouse
 from sinks.documents import Documents
 from streams.codec import Codec
@@ -32,13 +32,18 @@ class Closed:
     net_pence: int
     held_pence: int
     drift: str
+    corrected_pence: int
+    billed_pence: int
     notice: str
 
     def summary(self) -> str:
-        """One line for a person."""
+        """One line for a person; corrections and what they are a share of count without regard to sign."""
+        permille = round_half_away(1000 * self.corrected_pence, self.billed_pence or 1)
         return (
             f"{self.period} closed: {self.documents} documents, net {pounds_text(self.net_pence)}, "
-            f"held {pounds_text(self.held_pence)}, drift {self.drift}" + (f"; {self.notice}" if self.notice else "")
+            f"held {pounds_text(self.held_pence)}, corrections {pounds_text(self.corrected_pence)} "
+            f"({permille // 10}.{permille % 10} % of all billed), drift {self.drift}"
+            + (f"; {self.notice}" if self.notice else "")
         )
 
 
@@ -74,4 +79,5 @@ def close_and_wait(settings: Settings, period: str, say: Callable[[str], None], 
         " WHERE period = {period:String}",
         {"period": period},
     )
-    return Closed(period, count, net, held, drift, notice=answer[1])
+    corrected, billed = documents.evidence.corrections(parse_month(period))
+    return Closed(period, count, net, held, drift, corrected, billed, notice=answer[1])

@@ -1,0 +1,162 @@
+"""Why and from what: the causes of adjustments and the evidence of documents, in the ledger and as files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from rating.amounts import GRAINS, Exact, pence, whole
+from rating.book import Service
+from rating.calendar import month_text, parse_month
+from rating.causes import Cause
+from rating.close import ChargeKey
+from sinks.clickhouse import ClickHouse
+from sinks.ledger import Ledger
+from sinks.positions import Positions
+
+#: So much evidence is held before it is inserted.
+_INSERT_CHARACTERS = 16_000_000
+
+
+class EvidenceStore:
+    """Reads and writes the tables of `0006_evidence.sql`."""
+
+    def __init__(self, clickhouse: ClickHouse) -> None:
+        self._clickhouse = clickhouse
+
+    def originals(self, period: int, months: Iterable[int]) -> dict[ChargeKey, str]:
+        """The document that first invoiced each key of these months, of earlier periods."""
+        rows = self._clickhouse.query(
+            """
+            SELECT order_number, toString(item_id), ods_code, toString(supplier_id), document_rows.payer, month,
+                   argMin(number, document_rows.period)
+            FROM document_rows
+            INNER JOIN (
+                SELECT period, payer, toString(supplier_id) AS supplier, any(number) AS number
+                FROM documents WHERE period < {period:String} GROUP BY period, payer, supplier
+            ) AS issued
+            ON document_rows.period = issued.period AND document_rows.payer = issued.payer
+               AND toString(document_rows.supplier_id) = issued.supplier
+            WHERE document_rows.kind = 'invoiced' AND document_rows.period < {period:String}
+              AND month IN {months:Array(Int32)}
+            GROUP BY order_number, item_id, ods_code, supplier_id, document_rows.payer, month
+            """,
+            {"period": month_text(period), "months": sorted(months)},
+        )
+        return {ChargeKey(*key): number for *key, number in rows}
+
+    def insert_adjustments(
+        self, period: int, causes: Mapping[ChargeKey, Cause], originals: Mapping[ChargeKey, str]
+    ) -> None:
+        """Inserts why a period's close adjusts, and what."""
+        columns = (*ChargeKey._fields, "cause", "is_release", "original_document")
+        text = month_text(period)
+        rows = [(text, *key, cause.text, cause.is_release, originals.get(key, "")) for key, cause in causes.items()]
+        self._clickhouse.insert("adjustments", ("period", *columns), rows)
+
+    def corrections(self, period: int) -> tuple[int, int]:
+        """Pence corrected, and all pence billed, by a period's close: both without regard to sign.
+
+        What M2 releases is no correction: it was never wrong.
+        """
+        [(corrected, billed)] = self._clickhouse.query(
+            """
+            WITH (order_number, toString(item_id), ods_code, toString(supplier_id), payer, month) AS key
+            SELECT sumIf(abs(pence), key IN (
+                       SELECT (order_number, toString(item_id), ods_code, toString(supplier_id), payer, month)
+                       FROM adjustments WHERE period = {period:String} AND NOT is_release)),
+                   sum(abs(pence))
+            FROM document_rows FINAL WHERE period = {period:String} AND kind = 'invoiced'
+            """,
+            {"period": month_text(period)},
+        )
+        return int(corrected), int(billed)
+
+    def insert_wanted(self, period: int, wanted: Mapping[tuple[str, int], Exact]) -> None:
+        """Inserts what would draw on allocations, as a period's close derived it."""
+        text = month_text(period)
+        rows = [(text, party, month, str(pence(exact))) for (party, month), exact in wanted.items()]
+        self._clickhouse.insert("allocations_wanted", ("period", "ordering_party", "month", "pence"), rows)
+
+    def wanted(self, period: int) -> dict[tuple[str, int], Exact]:
+        """What would have drawn on allocations, in grains by party and month, as a period's close derived it."""
+        rows = self._clickhouse.query(
+            "SELECT ordering_party, month, pence FROM allocations_wanted FINAL WHERE period = {period:String}",
+            {"period": month_text(period)},
+        )
+        return {(party, month): whole(Fraction(exact) * GRAINS) for party, month, exact in rows}
+
+    def insert_evidence(self, period: int, bodies: Iterable[tuple[str, str]]) -> None:
+        """Inserts the evidence of documents, number and JSON, some megabytes at a time."""
+        columns, rows, size = ("period", "number", "body"), [], 0
+        for number, body in bodies:
+            rows.append((month_text(period), number, body))
+            size += len(body)
+            if size > _INSERT_CHARACTERS:
+                self._clickhouse.insert("evidence", columns, rows)
+                rows, size = [], 0
+        self._clickhouse.insert("evidence", columns, rows)
+
+    def evidence(self, period: int) -> Iterator[tuple[str, str]]:
+        """The evidence of a period's documents, one at a time: number and JSON."""
+        numbers = self._clickhouse.query(
+            "SELECT DISTINCT number FROM evidence WHERE period = {period:String} ORDER BY number",
+            {"period": month_text(period)},
+        )
+        for (number,) in numbers:
+            [(body,)] = self._clickhouse.query(
+                "SELECT any(body) FROM evidence WHERE period = {period:String} AND number = {number:String}",
+                {"period": month_text(period), "number": number},
+            )
+            yield number, body
+
+
+def evidence_text(evidence: Mapping[str, Any]) -> str:
+    """Evidence as its file has it; a document names the SHA-256 of these bytes."""
+    return json.dumps(evidence, separators=(",", ":"), ensure_ascii=False) + "\n"
+
+
+def sealed(body: dict[str, Any]) -> dict[str, Any]:
+    """A document with the digest of all that it says (docs/verification.md)."""
+    text = json.dumps(body, separators=(",", ":"), ensure_ascii=False, sort_keys=True)
+    return {**body, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def write_evidence(
+    clickhouse: ClickHouse, period: int, generation: int, cut: Positions, folder: Path, name: Callable[[str], str]
+) -> list[Path]:
+    """Writes what a period's documents came from beside them; returns the files.
+
+    `<number>-evidence.json`, and where there is usage `<number>-usage.jsonl`, the readings of the months
+    that were billed in the interchange form.  `name` makes a number part of a file name.
+    """
+    written: list[Path] = []
+    numbers: dict[Service, list[str]] = {}
+    months: set[int] = set()
+    for number, text in EvidenceStore(clickhouse).evidence(period):
+        path = folder / f"{name(number)}-evidence.json"
+        path.write_text(text, encoding="utf-8", newline="")
+        written.append(path)
+        evidence = json.loads(text)
+        months |= {parse_month(month) for month in evidence["usage_months"]}
+        for each in evidence["usage"]:
+            numbers.setdefault((each["item_id"], each["ods_code"]), []).append(number)
+    if not (numbers and months):
+        return written
+    with ExitStack() as stack:
+        files = {}
+        for number in sorted({number for each in numbers.values() for number in each}):
+            path = folder / f"{name(number)}-usage.jsonl"
+            files[number] = stack.enter_context(path.open("w", encoding="utf-8", newline=""))
+            written.append(path)
+        items = {item_id for item_id, _ in numbers}
+        for reading in Ledger(clickhouse).readings_at_cut(generation, cut, items, months):
+            line = json.dumps({"topic": "usage", "value": reading}, separators=(",", ":"), ensure_ascii=False) + "\n"
+            for number in numbers.get((reading["item_id"], reading["ods_code"]), ()):
+                files[number].write(line)
+    return written
