@@ -284,7 +284,7 @@ class PeriodClose(Agent):
         parties = self._parties.parties(cut.party_imports, self._context.settings.specimen)
         issued = documents(rows, period, book, self._documents.issued_before(period), rates, parties, cut.issued_at)
         try:
-            statements = Papers(period, book, rows, held, derived.wanted, issued, parties).statements()
+            statements = Papers(period, book, rows, held, derived.wanted, issued, parties, cut.issued_at).statements()
         except OutOfBalance as error:
             self._answer(text, record, "refused", str(error))
             raise CloseRefused(str(error)) from error

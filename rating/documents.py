@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 from typing import Any, NamedTuple
 
 from rating.amounts import MICROS, PENNY, micros_text, pounds_text, round_half_away
@@ -125,7 +125,7 @@ class Document:
         said = [SPECIMEN] if self.parties.specimen else []
         if obstacles := list(self.obstacles()):
             said.append("PRO-FORMA, no VAT invoice: " + "; ".join(obstacles))
-            said.append("the supplier invoices what is listed here itself; no later document repeats it")
+            said.append("The supplier invoices what is listed here itself; no later document repeats it")
         else:
             said += self.not_electronic()
         return ". ".join(said)
@@ -148,7 +148,7 @@ class Document:
             "electronic": self_billed and not any(self.not_electronic()),
             "period": month_text(self.period),
             "tax_point": iso(self.tax_point),
-            "issued_at": self.issued_at.isoformat(timespec="seconds").replace("+00:00", "Z"),
+            "issued_at": instant_text(self.issued_at),
             "issue_date": issued.isoformat(),
             "due_date": date.fromordinal(issued.toordinal() + PAYMENT_DAYS).isoformat(),
             "payer": self.payer,
@@ -263,6 +263,11 @@ def documents(
             invoiced_at if invoiced_at is not None else book.orders[key.order_number].header.vat_rate_micros
         )
     return list(by_parties.values())
+
+
+def instant_text(instant: datetime) -> str:
+    """An instant in UTC as RFC 3339 has it."""
+    return instant.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 # --- quantity and unit price ------------------------------------------------------------------

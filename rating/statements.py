@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from rating.amounts import Exact, micros_text, pence, pounds_text, round_half_away
@@ -16,7 +17,7 @@ from rating.book import Book, Line
 from rating.calendar import financial_year, financial_year_months, first_day, last_day, month_text
 from rating.charges import iso, quantity_on
 from rating.close import ChargeKey
-from rating.documents import Document
+from rating.documents import Document, instant_text
 from rating.funding import allocation_exact, draw_down
 from rating.parties import Parties
 
@@ -54,6 +55,7 @@ class Papers:
     wanted: Mapping[tuple[str, int], Exact]
     documents: list[Document]
     parties: Parties
+    issued_at: datetime
 
     def statements(self) -> list[Statement]:
         """All statements and remittance advices, then the control sheet.  Raises OutOfBalance."""
@@ -106,6 +108,7 @@ class Papers:
             "code": code,
             "name": parties.name(code, day),
             "period": month_text(self.period),
+            "issued_at": instant_text(self.issued_at),
             "specimen": parties.specimen,
             "items": {item_id: parties.item_name(item_id, day) for item_id in sorted(set(items))},
         }
@@ -280,6 +283,7 @@ class Papers:
         body = {
             "statement": CONTROL,
             "period": month_text(self.period),
+            "issued_at": instant_text(self.issued_at),
             "documents": {kind: kinds.count(kind) for kind in ("invoice", "credit-note", "pro-forma")},
             "series": self._series(),
             "rows": len(self.rows),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fractions import Fraction
@@ -191,14 +191,17 @@ class Documents:
         ]
         self._clickhouse.insert("statements", ("period", "kind", "code", "net_pence", "body"), rows)
 
-    def statements(self, period: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
-        """A period's statements: kind, code and JSON."""
+    def bodies(self, period: int) -> list[str]:
+        """The JSON of a period's documents, in the order of their numbers, then of its statements, as text."""
         rows = self._clickhouse.query(
-            "SELECT toString(kind), code, body FROM statements FINAL WHERE period = {period:String}"
-            " ORDER BY kind, code",
+            "SELECT body FROM documents FINAL WHERE period = {period:String} ORDER BY number",
             {"period": month_text(period)},
         )
-        return ((kind, code, json.loads(body)) for kind, code, body in rows)
+        rows += self._clickhouse.query(
+            "SELECT body FROM statements FINAL WHERE period = {period:String} ORDER BY kind, code",
+            {"period": month_text(period)},
+        )
+        return [body for (body,) in rows]
 
     def insert_period(
         self, period: int, generation: int, documents: Sequence[Document], held_pence: int, drift: Fraction

@@ -14,8 +14,10 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterable
-from datetime import datetime
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from rating.close import CSV_HEADER, csv_rows
 from rating.statements import CONTROL, PRACTICE
 from sinks.documents import Documents
 
+#: From so many papers on it pays to start other processes.
+_MANY = 500
 _LINE_COLUMNS = (
     "order_number", "item_id", "ods_code", "for_period", "kind", "quantity", "unit", "unit_price", "vat_rate", "net",
     "cause", "original_document",
@@ -33,17 +37,40 @@ _LINE_COLUMNS = (
 def write_files(documents: Documents, period: int, directory: Path) -> list[Path]:
     """Writes all files of a closed period; returns their paths."""
     folder = directory / month_text(period)
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "statements").mkdir(parents=True, exist_ok=True)
     written = []
     for name, kind in (("lines.csv", "invoiced"), ("held.csv", "held")):
         rows = csv_rows(documents.rows(period, kind), period)
         written.append(_write_csv(folder / name, CSV_HEADER, rows))
-    bodies = [body for _, _, body in documents.documents(period)]
-    for body in bodies:
-        written += _write_document(folder, body)
-    written += _write_odoo(folder / "odoo", bodies)
-    issued_at = datetime.fromisoformat(bodies[0]["issued_at"]) if bodies else datetime(2000, 1, 1).astimezone()
-    return written + _write_statements(folder, documents.statements(period), issued_at)
+    bills: dict[str, list[list[str]]] = {}
+    for paths, payer, bill in _each(documents.bodies(period), partial(write_paper, folder)):
+        written += paths
+        if bill:
+            bills.setdefault(payer, []).extend(bill)
+    return written + _write_odoo(folder / "odoo", bills)
+
+
+#: What a paper's files are, and its bill for the payer's Odoo, if it is one.
+Paper = tuple[list[Path], str, list[list[str]]]
+
+
+def _each(bodies: list[str], write: Callable[[str], Paper]) -> Iterator[Paper]:
+    """Writes each paper; where there are many, on all processors."""
+    if len(bodies) < _MANY:
+        yield from map(write, bodies)
+        return
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        yield from pool.map(write, bodies, chunksize=50)
+
+
+def write_paper(folder: Path, text: str) -> Paper:
+    """Writes a document or statement, given as JSON, in its forms."""
+    body = json.loads(text)
+    if "number" in body:
+        from sinks.papers.odoo import odoo_table
+
+        return _write_document(folder, body), body["payer"], odoo_table([body])
+    return _write_statement(folder, body), "", []
 
 
 def _write_document(folder: Path, body: dict[str, Any]) -> list[Path]:
@@ -58,33 +85,28 @@ def _write_document(folder: Path, body: dict[str, Any]) -> list[Path]:
     return [*written, _write_csv(stem.with_name(f"{stem.name}.csv"), _LINE_COLUMNS, rows)]
 
 
-def _write_odoo(folder: Path, bodies: list[dict[str, Any]]) -> list[Path]:
-    from sinks.papers.odoo import odoo_csv, odoo_json, odoo_table
+def _write_statement(folder: Path, body: dict[str, Any]) -> list[Path]:
+    from sinks.papers.pdf import statement_pdf
 
-    written = []
-    for payer in sorted({body["payer"] for body in bodies if body["self_billed"]}):
-        folder.mkdir(exist_ok=True)
-        table = odoo_table(body for body in bodies if body["payer"] == payer)
-        stem = folder / safe_name(payer)
-        written.append(_write(stem, ".csv", odoo_csv(table).encode()))
-        written.append(_write(stem, ".json", odoo_json(table).encode()))
+    kind = body["statement"]
+    stem = folder / (CONTROL if kind == CONTROL else f"statements/{kind}-{safe_name(body['code'])}")
+    written = [_write(stem, ".json", json_text(body).encode())]
+    if kind == CONTROL:
+        written.append(_write(stem, ".txt", control_text(body).encode()))
+    elif kind != PRACTICE:  # of which there are thousands
+        written.append(_write(stem, ".pdf", statement_pdf(body)))
     return written
 
 
-def _write_statements(folder: Path, statements: Iterable[tuple[str, str, dict[str, Any]]], at: datetime) -> list[Path]:
-    from sinks.papers.pdf import statement_pdf
+def _write_odoo(folder: Path, bills: dict[str, list[list[str]]]) -> list[Path]:
+    from sinks.papers.odoo import odoo_csv, odoo_json
 
-    inner, written = folder / "statements", []
-    for kind, code, body in statements:
-        if kind == CONTROL:
-            written.append(_write(folder / "control", ".json", json_text(body).encode()))
-            written.append(_write(folder / "control", ".txt", control_text(body).encode()))
-            continue
-        inner.mkdir(exist_ok=True)
-        stem = inner / f"{kind}-{safe_name(code)}"
-        written.append(_write(stem, ".json", json_text(body).encode()))
-        if kind != PRACTICE:  # there are thousands of them: a reader may make any with `tribill paper`
-            written.append(_write(stem, ".pdf", statement_pdf(body, at)))
+    written = []
+    for payer, table in sorted(bills.items()):
+        folder.mkdir(exist_ok=True)
+        stem = folder / safe_name(payer)
+        written.append(_write(stem, ".csv", odoo_csv(table).encode()))
+        written.append(_write(stem, ".json", odoo_json(table).encode()))
     return written
 
 

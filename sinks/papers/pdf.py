@@ -10,7 +10,6 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from fpdf import FPDF
-from fpdf.enums import XPos, YPos
 
 #: A document with more lines shows its items alone, and names the file that has the lines.
 MOST_LINES = 1_000
@@ -53,22 +52,22 @@ class Paper(FPDF):  # type: ignore[misc]  # fpdf has no types that mypy follows
         """The watermark, and from the second page on the running title."""
         if self._specimen:
             self.set_font("helvetica", "B", 84)
-            self.set_text_color(244, 226, 226)
+            self.set_text_color(247, 233, 233)
             with self.rotation(52, 105, 150):
                 self.text(18, 168, "SPECIMEN")
         if self.page_no() > 1:
             self._font(8, colour=_GREY)
-            self.cell(_WIDTH, 5, f"{self._title} {self._about}", new_x=XPos.LMARGIN, new_y=YPos.NEXT)
-            self.ln(2)
+            self._paragraph(f"{self._title} {self._about}", 7, _WIDTH)
             if self._columns:
                 self._table_head()
 
     def footer(self) -> None:
-        """The page number."""
-        self.set_y(-12)
+        """What it is, and the page number."""
         self._font(8, colour=_GREY)
-        self.cell(_WIDTH / 2, 5, self._about, align="L")
-        self.cell(_WIDTH / 2, 5, f"Page {self.page_no()} of {{nb}}", align="R")
+        self._put(_MARGIN, 288, _WIDTH - 40, self._about)
+        # The number of pages is put in at the end, which only a cell can.
+        self.set_xy(_MARGIN + _WIDTH - 40, 284)
+        self.cell(40, 5, f"Page {self.page_no()} of {{nb}}", align="R")
 
     # --- what documents are made of ---
 
@@ -80,9 +79,8 @@ class Paper(FPDF):  # type: ignore[misc]  # fpdf has no types that mypy follows
         """The title on the left, facts on the right."""
         top = self.get_y()
         self._font(19, bold=True, colour=_BLUE)
-        self.multi_cell(100, 8.5, self._title, align="L", new_x=XPos.LMARGIN, new_y=YPos.NEXT)
+        self._paragraph(self._title, 8.5, 100)
         left = self.get_y()
-        self.set_y(top)
         for number, (name, value) in enumerate(facts, start=1):
             self._font(8.5, colour=_GREY)
             self._put(_MARGIN + 105, top + 5 * number - 1.5, 28, name)
@@ -107,16 +105,44 @@ class Paper(FPDF):  # type: ignore[misc]  # fpdf has no types that mypy follows
     def box(self, text: str, colour: tuple[int, int, int] = (252, 240, 222)) -> None:
         """A sentence that must not be missed."""
         if text:
-            self.set_fill_color(*colour)
             self._font(9)
-            self.multi_cell(_WIDTH, 5, plain(text), fill=True, padding=(1.5, 2.5), new_x=XPos.LMARGIN, new_y=YPos.NEXT)
-            self.ln(3)
+            lines, y = self._wrapped(text, _WIDTH - 5), self.get_y()
+            self.set_fill_color(*colour)
+            self.rect(_MARGIN, y, _WIDTH, 5 * len(lines) + 3, style="F")
+            for number, line in enumerate(lines, start=1):
+                self._put(_MARGIN + 1.5, y + 5 * number, _WIDTH - 3, line)
+            self.set_y(y + 5 * len(lines) + 6)
+
+    def sum_up(self, text: str) -> None:
+        """What it all comes to."""
+        self._font(13, bold=True, colour=_BLUE)
+        self._put(_MARGIN, self.get_y() + 5.8, _WIDTH, text, right=True)
+        self.set_y(self.get_y() + 8)
 
     def say(self, text: str) -> None:
         """A small sentence."""
         self._font(8.5, colour=_GREY)
-        self.multi_cell(_WIDTH, 4.5, plain(text), align="L", new_x=XPos.LMARGIN, new_y=YPos.NEXT)
-        self.ln(1.5)
+        self._paragraph(text, 4.5, _WIDTH)
+
+    def _paragraph(self, text: str, height: float, width: float) -> None:
+        for line in self._wrapped(text, width):
+            self._put(_MARGIN, self.get_y() + height * 0.72, width, line)
+            self.set_y(self.get_y() + height)
+
+    def _wrapped(self, text: str, width: float) -> list[str]:
+        """The text in lines of a width in mm."""
+        room, lines = (width - 2) * 1000 / self.font_size, [""]
+        for word in plain(text).split():
+            longer = f"{lines[-1]} {word}".strip()
+            if lines[-1] and self._units(longer) > room:
+                lines.append(word)
+            else:
+                lines[-1] = longer
+        return lines
+
+    def _units(self, text: str) -> int:
+        """The width of a text in thousandths of the font's size."""
+        return sum(map(self.current_font.cw.__getitem__, text))
 
     def table(
         self,
@@ -132,7 +158,7 @@ class Paper(FPDF):  # type: ignore[misc]  # fpdf has no types that mypy follows
         if self.will_page_break(24):
             self.add_page()
         self._font(11, bold=True)
-        self.cell(_WIDTH, 7, plain(title), new_x=XPos.LMARGIN, new_y=YPos.NEXT)
+        self._paragraph(title, 7, _WIDTH)
         self._columns = columns
         self._table_head()
         for number, row in enumerate(rows):
@@ -170,15 +196,14 @@ class Paper(FPDF):  # type: ignore[misc]  # fpdf has no types that mypy follows
 
     def _put(self, x: float, baseline: float, width: float, text: str, right: bool = False) -> None:
         """Text in a field of a width in mm, cut where it is longer.  A tenth of the cost of fpdf's cell."""
-        text = plain(text)
-        widths, unit = self.current_font.cw, self.font_size / 1000
-        room, taken = (width - 2) / unit, sum(map(widths.__getitem__, text))
+        text, room = plain(text), (width - 2) * 1000 / self.font_size
+        taken = self._units(text)
         if taken > room:
-            while text and sum(map(widths.__getitem__, text)) + 3 * widths["."] > room:
+            while text and self._units(text + "...") > room:
                 text = text[:-1]
             text += "..."
-            taken = sum(map(widths.__getitem__, text))
-        self.text(x + width - 1 - taken * unit if right else x + 1, baseline, text)
+            taken = self._units(text)
+        self.text(x + width - 1 - taken * self.font_size / 1000 if right else x + 1, baseline, text)
 
 
 def plain(text: str) -> str:
@@ -263,7 +288,7 @@ def document_pdf(body: dict[str, Any]) -> bytes:
     paper = Paper(_TITLES[body["kind"]], body["number"], at, body["specimen"])
     facts = [("Number", body["number"]), ("Issue date", day(body["issue_date"])), ("Period", body["period"])]
     facts += [("Tax point", day(body["tax_point"]))]
-    facts += [] if credit else [("Payment due", day(body["due_date"]))]
+    facts += [("Payment due", day(body["due_date"]))] if body["kind"] == "invoice" else []
     paper.opening(facts)
     customer = _party_lines(body["customer"])
     paper.blocks([("SUPPLIER", _party_lines(body["supplier"])), ("CUSTOMER, WHO PAYS AND ISSUES", customer)])
@@ -292,9 +317,8 @@ def _totals(paper: Paper, body: dict[str, Any], sign: int, credit: bool) -> None
     ]
     paper.table("Totals in pounds sterling", columns, rows, ["", money(body["net"], sign), money(body["vat"], sign)])
     paper.set_y(paper.get_y() - 3)
-    paper._font(13, bold=True, colour=_BLUE)
     what = "Credit to the customer" if credit else "Total to pay" if body["self_billed"] else "Total, VAT as ordered"
-    paper.cell(_WIDTH, 8, f"{what}  \u00a3{money(body['gross'], sign)}", align="R", new_x=XPos.LMARGIN, new_y=YPos.NEXT)
+    paper.sum_up(f"{what}  \u00a3{money(body['gross'], sign)}")
     paper.ln(3)
     cos = [
         [
@@ -385,9 +409,10 @@ def _why(line: dict[str, Any]) -> str:
 # --- statements --------------------------------------------------------------------------------
 
 
-def statement_pdf(body: dict[str, Any], at: datetime) -> bytes:
+def statement_pdf(body: dict[str, Any]) -> bytes:
     """A practice's or ordering party's statement, or a supplier's remittance advice."""
     kind = body["statement"]
+    at = datetime.fromisoformat(body["issued_at"])
     paper = Paper(_TITLES[kind], f"{body['code']} {body['period']}", at, body["specimen"])
     facts = [("Code", body["code"]), ("Period", body["period"])]
     if kind == "supplier":
