@@ -422,7 +422,7 @@ def test_party_data(start: Callable[..., Run], tmp_path: Path) -> None:
     file = tmp_path / "parties.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = start(BOOK, "--parties", str(file))
-    assert f"{file}:8: party.postcode" in run.end()
+    assert f"{file}:5: party.postcode" in run.end()
     names = sorted(path.name for path in (run.out / "2026-04").glob("*.json"))
     assert [name for name in names if "pro-forma" not in name] == [
         "NHSE-000001-invoice.json",

@@ -331,6 +331,26 @@ def import_files(
     sys.exit(1 if problems else 0)
 
 
+@cli.command()
+@click.argument("files", nargs=-1, required=True, type=_FILE)
+def paper(files: Sequence[Path]) -> None:
+    """Make a PDF beside each of these documents or statements, given as the JSON that a close has written.
+
+    Practices' statements are written as JSON alone, for there are thousands of them.
+    """
+    import json
+
+    from sinks.papers.pdf import document_pdf, statement_pdf
+
+    for path in files:
+        try:
+            body = json.loads(path.read_text(encoding="utf-8"))
+            made = document_pdf(body) if "number" in body else statement_pdf(body)
+        except (ValueError, KeyError, TypeError) as error:
+            raise _Failure(f"{path} is no document or statement of a close: {error!r}") from None
+        path.with_suffix(".pdf").write_bytes(made)
+
+
 def _require(settings: Settings, *names: str) -> None:
     try:
         settings.require(*names)

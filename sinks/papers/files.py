@@ -93,7 +93,7 @@ def _write_statement(folder: Path, body: dict[str, Any]) -> list[Path]:
     written = [_write(stem, ".json", json_text(body).encode())]
     if kind == CONTROL:
         written.append(_write(stem, ".txt", control_text(body).encode()))
-    elif kind != PRACTICE:  # of which there are thousands
+    elif kind != PRACTICE:  # of which there are thousands; `tribill paper` makes one
         written.append(_write(stem, ".pdf", statement_pdf(body)))
     return written
 
