@@ -19,18 +19,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peppol import check_rules, validate_xsd
 
-from rating.amounts import pounds_text
+from rating.amounts import GRAINS, pounds_text
 from rating.book import Book, Order, Reference
 from rating.calendar import parse_month
 from rating.close import ChargeKey
 from rating.documents import STATEMENT, Document, documents
 from rating.parties import Parties, gln_holds, invented, read_party_row, vat_number_holds
-from rating.records import read_contract_change
+from rating.records import Refused, read_contract_change, read_reference_change
+from rating.statements import OutOfBalance, Papers
 from sinks.papers.files import json_text
 from sinks.papers.odoo import odoo_csv, odoo_json, odoo_table
 from sinks.papers.pdf import document_pdf
 from sinks.papers.ubl import ubl
-from tests.rich_book import contract, ordered, placed, price
+from tests.rich_book import contract, ordered, placed, price, reference
 
 APRIL = parse_month("2026-04")
 ISSUED = datetime(2026, 5, 3, 9, 30, tzinfo=UTC)
@@ -260,6 +261,65 @@ def test_invented_parties_have_the_right_form(code: str, supplier: bool) -> None
     assert gln_holds(invented(code, False).endpoint_id)
 
 
+# --- statements -----------------------------------------------------------------------------------
+
+
+def papers(rows: dict[ChargeKey, int], issued: list[Document], **changed: Any) -> Papers:
+    """The papers of April."""
+    made: dict[str, Any] = {"held": {}, "wanted": {}, "book": BOOK} | changed
+    return Papers(period=APRIL, rows=rows, documents=issued, parties=parties(), issued_at=ISSUED, **made)
+
+
+ROWS = {key(): 1000, key(1, month=APRIL - 1): -34, key(1, payer="QHM"): 5}
+HELD = {key(2): 77, key(2, month=APRIL - 1): 23}
+
+
+def test_the_papers_of_one_close() -> None:
+    """Each row stands once on each kind of paper; what is held and why is on the remittance advice."""
+    statements = papers(ROWS, issue(ROWS, parties(*WHOLE)), held=HELD).statements()
+    made = {(each.kind, each.code): each.body for each in statements}
+    assert made["practice", "A00001"]["paid_by"] == {"NHSE": "-0.34", "QHM": "0.05"}
+    assert made["ordering-party", "QHM"]["net"] == "9.71"
+    advice = made["supplier", "10030"]
+    assert [(each["number"], each["gross"]) for each in advice["documents"]] == [
+        ("NHSE-000042", "11.59"),
+        ("QHM-10030-2026-04", "0.06"),
+    ]
+    [held] = advice["held"]
+    assert (held["ods_code"], held["net"]) == ("A00002", "1.00")
+    assert held["reason"] == "service stability (M2) is not reached"
+    control = made["control", ""]
+    assert (control["charges"], control["adjustments"], control["held"]) == ("10.05", "-0.34", "1.00")
+    assert control["series"] == {"NHSE": {"first": "NHSE-000042", "last": "NHSE-000042"}}
+
+
+def test_papers_that_do_not_tie_out_are_refused() -> None:
+    """A penny, a lost document or a gap in a series is found, and named."""
+    issued = issue(ROWS, parties(*WHOLE))
+    with pytest.raises(OutOfBalance, match=r"net of the documents: 9\.71, not 9\.72"):
+        papers(ROWS | {key(): 1001}, issued).statements()
+    with pytest.raises(OutOfBalance, match="net of the documents"):
+        papers(ROWS, issued[:-1]).statements()
+    other = ChargeKey("C010001", "10031-001", "A00001", "10031", "NHSE", APRIL)
+    rows = ROWS | {other: 5}
+    issued = issue(rows, parties(*WHOLE, party("10031"), agreement("10031", "NHSE")))
+    issued[1].number = "NHSE-000044"
+    with pytest.raises(OutOfBalance, match="series of NHSE has a gap"):
+        papers(rows, issued).statements()
+
+
+@pytest.mark.parametrize(("wanted", "dry"), [(30_00, "2026-07"), (25_00, "2026-08"), (1, None), (120_00, "2026-04")])
+def test_when_an_allocation_runs_dry(wanted: int, dry: str | None) -> None:
+    """An allocation of 100 pounds, at the rate of April: the month that it does not cover whole."""
+    said = {"ordering_party": "QHM", "financial_year": 2026, "amount": "100"}
+    book = Book([], Reference.fold([read_reference_change(reference("QHM", "r1", Allocation=said)["value"])]), {})
+    made = papers({}, [], book=book, wanted={("QHM", APRIL): wanted * GRAINS}).statements()
+    allocation = next(each for each in made if each.kind == "ordering-party").body["allocation"]
+    assert allocation["runs_dry"] == dry
+    assert allocation["left"] == pounds_text(max(0, 100_00 - wanted))
+    assert allocation["drawn_this_month"] == pounds_text(min(100_00, wanted))
+
+
 # --- the other forms ------------------------------------------------------------------------------
 
 
@@ -311,8 +371,6 @@ def test_a_long_document_is_summed_up() -> None:
 )
 def test_a_bad_row_is_named(row: Any, field: str) -> None:
     """Each fault has its field."""
-    from rating.records import Refused
-
     with pytest.raises(Refused) as refused:
         read_party_row(row)
     assert refused.value.field == field

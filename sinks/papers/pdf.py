@@ -21,6 +21,8 @@ _TITLES = {
     "ordering-party": "Statement of an ordering party",
     "supplier": "Remittance advice",
 }
+#: The two parts of the lines of a paper, each with its kind.
+_SECTIONS = (("Charges of this month", "charge"), ("Earlier months: corrections and releases", "adjustment"))
 _INK, _GREY, _PALE, _BLUE = (25, 30, 40), (105, 112, 125), (238, 241, 246), (0, 66, 130)
 _MARGIN, _WIDTH = 15.0, 180.0
 
@@ -343,7 +345,7 @@ def _summary(paper: Paper, body: dict[str, Any], sign: int) -> None:
         practices[item].add(line["ods_code"])
     columns = (
         Column("Item", 28), Column("Name", 62), Column("Practices", 18, True), Column("This month", 24, True),
-        Column("Corrections", 24, True), Column("Net", 24, True),
+        Column("Earlier months", 24, True), Column("Net", 24, True),
     )  # fmt: skip
     rows = [
         [
@@ -376,7 +378,7 @@ def _detail(paper: Paper, body: dict[str, Any], sign: int) -> None:
             f"the files {body['number']}-{body['kind']}.csv, .json and .xml, which belong to this document."
         )
         return
-    for title, kind in (("Charges of this month", "charge"), ("Corrections of earlier months", "adjustment")):
+    for title, kind in _SECTIONS:
         of_kind = [line for line in lines if line["kind"] == kind]
         rows = [
             [
@@ -472,7 +474,7 @@ def _practice_lines(paper: Paper, body: dict[str, Any]) -> None:
         Column("Item", 28), Column("Name", 52), Column("Month", 17), Column("Used", 22, True), Column("Unit", 19),
         Column("Paid by", 20), Column("Net", 22, True),
     )  # fmt: skip
-    for title, kind in (("Charges of this month", "charge"), ("Corrections of earlier months", "adjustment")):
+    for title, kind in _SECTIONS:
         lines = [line for line in body["lines"] if line["kind"] == kind]
         rows = [
             [
