@@ -68,7 +68,7 @@ class Paper(FPDF):  # type: ignore[misc]  # fpdf has no types that mypy follows
         self._font(8, colour=_GREY)
         self._put(_MARGIN, 288, _WIDTH - 40, self._about)
         # The number of pages is put in at the end, which only a cell can.
-        self.set_xy(_MARGIN + _WIDTH - 40, 284)
+        self.set_xy(_MARGIN + _WIDTH - 40, 284.6)
         self.cell(40, 5, f"Page {self.page_no()} of {{nb}}", align="R")
 
     # --- what documents are made of ---
