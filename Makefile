@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help setup demo test lint lock bench bench-latency bench-growth bench-scaling bench-rating bench-recovery clean
+.PHONY: help setup demo test lint lock bench bench-latency bench-growth bench-scaling bench-rating bench-close bench-recovery pictures clean
 
 help:
 	@echo "make demo   a month of GP IT services, live and closed (ARGS=\"--exit --out DIR\" passes options on)"
@@ -12,7 +12,8 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make lock   renew the lock files after a change of dependencies"
 	@echo "make bench  the usage path against Faust, Quix Streams and Bytewax, in ten minutes at most"
-	@echo "make bench-latency bench-growth bench-scaling bench-rating bench-recovery  what else is measured (docs/performance.md)"
+	@echo "make bench-latency bench-growth bench-scaling bench-rating bench-close bench-recovery  what else is measured (docs/performance.md)"
+	@echo "make pictures  renew the pictures of documents in docs/"
 
 setup: .venv/installed
 
@@ -45,8 +46,11 @@ lock: setup
 bench: setup
 	@$(BIN)/python -m bench.usage $(ARGS)
 
-bench-latency bench-growth bench-scaling bench-rating bench-recovery: bench-%: setup
+bench-latency bench-growth bench-scaling bench-rating bench-close bench-recovery: bench-%: setup
 	@$(BIN)/python -m bench.$* $(ARGS)
+
+pictures: setup
+	@$(BIN)/python docs/pictures.py
 
 clean:
 	rm -rf .venv .venv-bench build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,12 +6,13 @@ The order of steps for a close, each of which can be repeated with the same resu
 
 1. `CloseRequested` is checked; the end offsets of every input partition go to `period-events` as
    `CutFixed`.  The first in the log stands, so a second request after a crash changes nothing.
-2. `CutFixed` is recorded in the ledger.
+2. `CutFixed` is recorded in the ledger, with its time (the documents' issue time) and the party data known.
 3. Each stage in turn must have committed what lay before it: what intake had to do up to the cut,
    then what that put into `usage-accepted`, and so on.  Until then nothing is written.
 4. All lines are derived from the ledger as of the cut, and the accruals compared with it.  The causes of
-   adjustments and the evidence of documents are found and inserted.
-5. Rows, documents, then the period itself are inserted.  A crash in between repeats from 3 with
+   adjustments and the evidence of documents are found and inserted.  Statements are made from the same
+   rows; if they do not tie out, the close is refused.
+5. Rows, documents, statements, then the period itself are inserted.  A crash in between repeats from 3 with
    the same cut, and the same rows and numbers collapse.
 6. `PeriodClosed` is sent; the broker acknowledges it and the documents.
 """
@@ -35,14 +36,16 @@ from rating.amounts import micros, micros_text, pence
 from rating.book import Book, LineKey
 from rating.calendar import month_start, month_text, parse_month
 from rating.close import Derivation, derive, invoice, rate_lines
-from rating.documents import documents
+from rating.documents import Document, documents
 from rating.funding import charge_of
 from rating.records import Refused
+from rating.statements import OutOfBalance, Papers
 from sinks import metrics
 from sinks.accruals import Accruals, decimal
 from sinks.dead_letters import DeadLetter
 from sinks.documents import Cut, Documents
 from sinks.evidence import sealed
+from sinks.parties import PartyStore
 from sinks.positions import Positions, place_text
 from streams.agent import Agent
 from streams.batch import Batch, NotYet, Record
@@ -64,6 +67,9 @@ from streams.topics import (
 
 log = structlog.get_logger(__name__)
 
+#: A document longer than this is in the ledger whole; a record of `invoices` has to fit the broker's limit.
+_MESSAGE_CHARACTERS = 6_000_000
+
 
 class CloseRefused(Exception):
     """A period that can't be closed; the message says why and what to do."""
@@ -79,6 +85,7 @@ class PeriodClose(Agent):
         self._generation = context.settings.log_generation
         self._documents = Documents(context.clickhouse)
         self._explaining = Explaining(context)
+        self._parties = PartyStore(context.clickhouse)
         self._accruals = Accruals(context.clickhouse)
         self._broker = Broker(context.settings)
         #: For a period, the ends that each stage must reach, found once the stage before was done.
@@ -190,7 +197,8 @@ class PeriodClose(Agent):
         if cut is None:
             self._check_cut(value)
             positions = {place_text(each["topic"], each["partition"]): each["end_offset"] for each in value["cut"]}
-            cut = Cut(value["generation"], positions)
+            issued_at = datetime.fromtimestamp(record.timestamp / 1000, UTC)
+            cut = Cut(value["generation"], positions, issued_at, self._parties.imports())
             self._documents.fix_cut(period, record.offset, cut)
         self._close(period, cut, record)
 
@@ -281,18 +289,19 @@ class PeriodClose(Agent):
         invoiced = self._documents.invoiced_before(period)
         rows, held = invoice(derived, invoiced, period)
         rates = self._documents.vat_rates_before(period)
-        issued = documents(rows, period, book, self._documents.issued_before(period), rates)
-        assert sum(rows.values()) == sum(document.net_pence for document in issued)
+        parties = self._parties.parties(cut.party_imports, self._context.settings.specimen)
+        issued = documents(rows, period, book, self._documents.issued_before(period), rates, parties, cut.issued_at)
         self._explaining.explain(period, cut, changes, known, invoiced, issued)
+        try:
+            statements = Papers(period, book, rows, held, derived.wanted, issued, parties, cut.issued_at).statements()
+        except OutOfBalance as error:
+            self._answer(text, record, "refused", str(error))
+            raise CloseRefused(str(error)) from error
         rates = {key: rate for document in issued for key, rate in document.vat_rates_micros.items()}
         self._documents.insert_rows(period, "invoiced", rows, rates)
         self._documents.insert_rows(period, "held", held, {})
-        self._documents.insert_documents(issued)
-        for document in issued:
-            body = json.dumps(sealed(document.as_json()), separators=(",", ":"))
-            value = {"number": document.number, "period": text, "body": body}
-            self._context.outbox.send(INVOICES, self._context.codec.encode("Document", value), key=document.number)
-        self._context.outbox.flush()
+        self._issue(issued)
+        self._documents.insert_statements(period, statements)
         self._documents.insert_period(period, cut.generation, issued, sum(held.values()), drift)
         totals = {
             "documents": len(issued),
@@ -308,6 +317,20 @@ class PeriodClose(Agent):
         metrics.ACCRUAL_DRIFT.set(float(decimal(drift)))
         metrics.CLOSED_PERIOD.set(month_start(period + 1).timestamp())
         log.info("period closed", period=text, documents=len(issued), rows=len(rows), drift=str(drift))
+
+    def _issue(self, issued: Sequence[Document]) -> None:
+        """Writes documents to the ledger and to `invoices`, where the longest go without their lines."""
+        bodies = []
+        for document in issued:
+            body = sealed(document.as_json())
+            text = json.dumps(body, separators=(",", ":"))
+            bodies.append((document, text))
+            if len(text) > _MESSAGE_CHARACTERS:
+                text = json.dumps(body | {"lines": [], "lines_left_out": len(body["lines"])}, separators=(",", ":"))
+            value = {"number": document.number, "period": body["period"], "body": text}
+            self._context.outbox.send(INVOICES, self._context.codec.encode("Document", value), key=document.number)
+        self._documents.insert_documents(bodies)
+        self._context.outbox.flush()
 
     def _drift(self, period: int, derived: Derivation, cut: Cut) -> Fraction:
         """By how many pence the accruals differ from what the ledger gives at the positions that they count.

@@ -1,30 +1,36 @@
-"""What was closed: cuts, periods, rows and documents in the ledger; lines.csv and documents as files."""
+"""What was closed: cuts, periods, rows, documents and statements in the ledger."""
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from rating.calendar import month_text
-from rating.close import CSV_HEADER, ChargeKey, csv_rows
+from rating.close import ChargeKey
 from rating.documents import Document
+from rating.statements import Statement
 from sinks.accruals import decimal
 from sinks.clickhouse import ClickHouse
-from sinks.evidence import EvidenceStore, sealed, write_evidence
+from sinks.evidence import EvidenceStore, write_evidence
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Up to where the log counts for a close."""
+    """Up to where the log counts for a close, and what else its documents are made from.
+
+    `issued_at` is the broker's time of the cut: the issue time of every document.  `party_imports` are the
+    imports of party data that were there by then.  Both are recorded, so a close repeated gives the same bytes.
+    """
 
     generation: int
     positions: dict[str, int]
+    issued_at: datetime
+    party_imports: list[str]
 
 
 class Documents:
@@ -39,15 +45,20 @@ class Documents:
     def cut(self, period: int) -> Cut | None:
         """The cut of a period: the first in the log stands."""
         rows = self._clickhouse.query(
-            "SELECT generation, cut FROM cuts WHERE period = {period:String} ORDER BY generation, offset LIMIT 1",
+            "SELECT generation, cut, issued_at_ms, party_imports FROM cuts WHERE period = {period:String}"
+            " ORDER BY generation, offset LIMIT 1",
             {"period": month_text(period)},
         )
-        return Cut(rows[0][0], dict(rows[0][1])) if rows else None
+        for generation, positions, issued_at_ms, imports in rows:
+            return Cut(generation, dict(positions), datetime.fromtimestamp(issued_at_ms / 1000, UTC), list(imports))
+        return None
 
     def fix_cut(self, period: int, offset: int, cut: Cut) -> None:
         """Records a cut read from the log."""
-        row = (month_text(period), cut.generation, offset, cut.positions)
-        self._clickhouse.insert("cuts", ("period", "generation", "offset", "cut"), [row])
+        issued_at_ms = int(cut.issued_at.timestamp() * 1000)
+        row = (month_text(period), cut.generation, offset, cut.positions, issued_at_ms, cut.party_imports)
+        columns = ("period", "generation", "offset", "cut", "issued_at_ms", "party_imports")
+        self._clickhouse.insert("cuts", columns, [row])
 
     def answer(self, period: str, generation: int, offset: int, outcome: str, detail: str) -> None:
         """Says how a request to close stands: refused, waiting or closed, and why."""
@@ -92,9 +103,10 @@ class Documents:
         return {ChargeKey(*key): pence for *key, pence in rows}
 
     def issued_before(self, period: int) -> dict[str, int]:
-        """How many documents each payer has issued in earlier periods."""
+        """How many documents of its series each payer has issued in earlier periods."""
         rows = self._clickhouse.query(
-            "SELECT payer, uniqExact(number) FROM documents WHERE period < {period:String} GROUP BY payer",
+            "SELECT payer, uniqExact(number) FROM documents"
+            " WHERE period < {period:String} AND kind != 'pro-forma' GROUP BY payer",
             {"period": month_text(period)},
         )
         return {str(payer): int(count) for payer, count in rows}
@@ -146,8 +158,8 @@ class Documents:
         )
         return {ChargeKey(*key): pence for *key, pence in rows}
 
-    def insert_documents(self, documents: Sequence[Document]) -> None:
-        """Inserts documents."""
+    def insert_documents(self, documents: Sequence[tuple[Document, str]]) -> None:
+        """Inserts documents, each with its JSON."""
         self._clickhouse.insert(
             "documents",
             ("number", "period", "payer", "supplier_id", "kind", "net_pence", "vat_pence", "body"),
@@ -160,9 +172,9 @@ class Documents:
                     document.kind,
                     document.net_pence,
                     document.vat_pence,
-                    json.dumps(sealed(document.as_json()), separators=(",", ":")),
+                    body,
                 )
-                for document in documents
+                for document, body in documents
             ],
         )
 
@@ -174,11 +186,31 @@ class Documents:
         )
         return [(number, kind, json.loads(body)) for number, kind, body in rows]
 
-    def write_evidence(self, period: int, folder: Path) -> list[Path]:
+    def write_evidence(self, period: int, folder: Path, name: Callable[[str], str]) -> list[Path]:
         """Writes the evidence of a closed period's documents."""
         cut = self.cut(period)
         assert cut is not None, "a closed period has a cut"
-        return write_evidence(self._clickhouse, period, cut.generation, cut.positions, folder, safe_name)
+        return write_evidence(self._clickhouse, period, cut.generation, cut.positions, folder, name)
+
+    def insert_statements(self, period: int, statements: Sequence[Statement]) -> None:
+        """Inserts statements, remittance advices and the control sheet."""
+        rows = [
+            (month_text(period), each.kind, each.code, each.net_pence, json.dumps(each.body, separators=(",", ":")))
+            for each in statements
+        ]
+        self._clickhouse.insert("statements", ("period", "kind", "code", "net_pence", "body"), rows)
+
+    def bodies(self, period: int) -> list[str]:
+        """The JSON of a period's documents, in the order of their numbers, then of its statements, as text."""
+        rows = self._clickhouse.query(
+            "SELECT body FROM documents FINAL WHERE period = {period:String} ORDER BY number",
+            {"period": month_text(period)},
+        )
+        rows += self._clickhouse.query(
+            "SELECT body FROM statements FINAL WHERE period = {period:String} ORDER BY kind, code",
+            {"period": month_text(period)},
+        )
+        return [body for (body,) in rows]
 
     def insert_period(
         self, period: int, generation: int, documents: Sequence[Document], held_pence: int, drift: Fraction
@@ -210,30 +242,3 @@ class Documents:
             ("supplier_id", "period", "generation", "offset", "count", "quantity_micros"),
             [(supplier_id, period, generation, offset, count, quantity_micros)],
         )
-
-
-def write_files(documents: Documents, period: int, directory: Path) -> list[Path]:
-    """Writes a closed period's lines.csv, held.csv and documents to `directory/<period>` (RULES 4.4)."""
-    folder = directory / month_text(period)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, kind in (("lines.csv", "invoiced"), ("held.csv", "held")):
-        path = folder / name
-        with path.open("w", encoding="utf-8", newline="") as file:
-            out = csv.writer(file, lineterminator="\n")
-            out.writerow(CSV_HEADER)
-            out.writerows(csv_rows(documents.rows(period, kind), period))
-        written.append(path)
-    for number, kind, body in documents.documents(period):
-        path = folder / f"{safe_name(number)}-{kind}.json"
-        path.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        written.append(path)
-    return written + documents.write_evidence(period, folder)
-
-
-def safe_name(text: str) -> str:
-    """A number as part of a file name: payers' codes come from data, so no separator may survive."""
-    plain = "".join(each if each.isalnum() or each in "-_." else f"%{ord(each):x}" for each in text)
-    plain = plain if not plain.startswith(".") else f"%2e{plain[1:]}"
-    # A file system has a limit; what is cut off is told apart by its digest.
-    return plain if len(plain) <= 100 else f"{plain[:60]}~{hashlib.sha256(text.encode()).hexdigest()[:24]}"

@@ -52,6 +52,8 @@ class Settings:
     replay_clock: bool = False
     #: `tribill run` replays a file and may close a period that has not ended.
     close_any_period: bool = False
+    #: Parties that nobody has described are invented, and every document is marked SPECIMEN (a trial).
+    specimen: bool = False
     #: At most so many records are handed to an agent at once.
     batch_records: int = 20_000
     #: A usage record above this size is refused.

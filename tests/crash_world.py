@@ -415,6 +415,12 @@ class World:
             self._check_explained(period)
         drifts = self.clickhouse.query("SELECT period, toString(drift_pence) FROM periods FINAL WHERE drift_pence != 0")
         assert drifts == [], "the accruals differed from the ledger at a close (promise 3)"
+        # No FINAL: what an attempt that died has written counts, too.
+        bodies = "SELECT period, number AS name, body FROM documents UNION ALL SELECT period, concat(kind, code), body"
+        different = self.clickhouse.query(
+            f"SELECT period, name FROM ({bodies} FROM statements) GROUP BY period, name HAVING uniqExact(body) > 1"
+        )
+        assert different == [], "a close that was repeated wrote other bytes"
 
     def _check_explained(self, period: int) -> None:
         """Each document's rows come out of its evidence, and each of its adjustments has its cause."""

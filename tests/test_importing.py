@@ -8,6 +8,8 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from tribill.cli import cli
+from tribill.importers import Problem
+from tribill.importers.parties import import_parties
 
 HEADER = (
     "Call Off Agreement ID,Call Off Ordering Party ID,Call Off Ordering Party Name,Call Off Commencement Date,"
@@ -55,3 +57,26 @@ def test_list_sizes_are_written(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, ["import", "list-sizes", str(source), "--to", str(target)])
     assert done.exit_code == 0, done.output
     assert json.loads(target.read_text())["value"]["change"]["ListSize"]["patients"] == 3975
+
+
+def test_a_party_file_row_by_row(tmp_path: Path) -> None:
+    """A bad row is a problem with file, line, field, value and fix; the others are kept, in order."""
+    path = tmp_path / "parties.jsonl"
+    good = {"item": {"item_id": "10030-S-001", "name": "Text message"}}
+    bad = {"item": {"item_id": "10030-S-001", "name": "Text message", "from": "1 April"}}
+    lines = [json.dumps(good), "", json.dumps(bad), "{", json.dumps(good)]
+    path.write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
+    found = list(import_parties(path))
+    assert [each for each in found if not isinstance(each, Problem)] == [good, good]
+    said = [str(each) for each in found if isinstance(each, Problem)]
+    assert said[0] == f"{path}:3: item.from '\"1 April\"': is '1 April', not a date like 2026-04-01"
+    assert said[1].startswith(f"{path}:4: is no line of JSON in UTF-8")
+
+
+def test_a_party_file_is_bounded(tmp_path: Path) -> None:
+    """A file or a line that is too long is refused, not read."""
+    path = tmp_path / "parties.jsonl"
+    path.write_bytes(b"x" * 70_000)
+    assert [str(each) for each in import_parties(path, max_bytes=69_999)] == [f"{path}: is larger than 69,999 bytes"]
+    [problem] = import_parties(path)
+    assert "more than 65,536 bytes" in str(problem)

@@ -376,3 +376,65 @@ def test_ended_or_refused(start: Callable[..., Run]) -> None:
     assert re.search(r"2026-07 cannot be closed: 2026-05 was closed last, so 2026-06 is next", said)
     assert "Traceback" not in said + early.said + late.said
     refused.check(oracle.run(BOOK).closes)
+
+
+# --- the papers -----------------------------------------------------------------------------
+
+
+def test_the_folder_of_a_period(start: Callable[..., Run]) -> None:
+    """Every document in each of its forms, statements and control sheet; specimens, since no party is described."""
+    run = start(BOOK)
+    run.end()
+    for period in ("2026-04", "2026-05"):
+        folder = run.out / period
+        bodies = [json.loads(path.read_text()) for path in folder.glob("*-invoice.json")]
+        bodies += [json.loads(path.read_text()) for path in folder.glob("*-credit-note.json")]
+        rows = run.rows(period)
+        assert sum(Decimal(body["net"]) for body in bodies) == sum(Decimal(row[-1]) for row in rows)
+        assert sum(len(body["lines"]) for body in bodies) == len(rows)
+        for body in bodies:
+            stem = folder / f"{body['number']}-{body['kind']}"
+            assert "SPECIMEN" in body["notice"]
+            assert "SPECIMEN" in stem.with_name(f"{stem.name}.xml").read_text()
+            assert stem.with_name(f"{stem.name}.pdf").read_bytes().startswith(b"%PDF")
+            assert len(stem.with_name(f"{stem.name}.csv").read_text().splitlines()) == len(body["lines"]) + 1
+        control = json.loads((folder / "control.json").read_text())
+        assert all(check["agrees"] and check["found"] == check["due"] for check in control["checks"])
+        practices = {row[2] for row in (*rows, *run.rows(period, "held.csv"))}
+        assert {path.stem for path in (folder / "statements").glob("practice-*.json")} == {
+            f"practice-{code}" for code in practices
+        }
+
+
+def test_party_data(start: Callable[..., Run], tmp_path: Path) -> None:
+    """With party data a document is an invoice; a party that a bad row leaves out costs the number, not the money."""
+    lines = []
+    for code in ("10030", "10031", "NHSE", "QOP", "QHM"):
+        number = "GB999999973"
+        row = {"code": code, "name": f"Body {code}", "address": ["1 High Street"], "postcode": "LS1 1AA"}
+        row |= {"vat_number": number, "from": "2026-01-01", "endpoint": {"scheme": "9932", "id": number}}
+        lines.append({"party": row})
+        if code == "QHM":
+            row["postcode"] = ""
+    for payer, supplier in (("NHSE", "10030"), ("NHSE", "10031"), ("QOP", "10030"), ("QHM", "10031")):
+        row = {"supplier_id": supplier, "payer": payer, "vat_number": "GB999999973"}
+        lines.append({"agreement": row | {"from": "2026-04-01", "to": "2026-05-01"}})
+    file = tmp_path / "parties.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = start(BOOK, "--parties", str(file))
+    assert f"{file}:5: party.postcode" in run.end()
+    names = sorted(path.name for path in (run.out / "2026-04").glob("*.json"))
+    assert [name for name in names if "pro-forma" not in name] == [
+        "NHSE-000001-invoice.json",
+        "NHSE-000002-invoice.json",
+        "QOP-000001-invoice.json",
+        "control.json",
+    ]
+    assert "QHM-10031-2026-04-pro-forma.json" in names
+    assert not list((run.out / "2026-04").glob("*pro-forma.xml"))
+    # The agreements ended with April.
+    assert not list((run.out / "2026-05").glob("*-invoice.json"))
+    for period in ("2026-04", "2026-05"):
+        bodies = [json.loads(path.read_text()) for path in (run.out / period).glob("*-*.json")]
+        assert sum(Decimal(body["net"]) for body in bodies) == sum(Decimal(row[-1]) for row in run.rows(period))
+        assert not any(body["specimen"] for body in bodies)

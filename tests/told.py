@@ -12,8 +12,11 @@ from rating.calendar import london_day, month_of, parse_month
 from rating.close import ChargeKey, csv_rows, derive, invoice
 from rating.documents import Document, documents
 from rating.evidence import Evidence, Known, Readings, Said
+from rating.parties import Parties
 from tests.oracle.strategies import ARRIVAL
 from tests.replay import Replay
+
+ISSUED = datetime(2026, 5, 1, tzinfo=UTC)
 
 
 @dataclass
@@ -82,7 +85,8 @@ class Told(Replay):
         book = self.book()
         derived = derive(book, period)
         rows, held = invoice(derived, self.invoiced, period)
-        issued = documents(rows, period, book, self.issued, self.rates)
+        parties = Parties.fold([], specimen=True)
+        issued = documents(rows, period, book, self.issued, self.rates, parties, ISSUED)
         known = Known(
             book,
             {number: list(changes) for number, changes in self.contract.items()},

@@ -92,7 +92,13 @@ def migrate(context: click.Context) -> None:
     help="Close this period after the last line; may be repeated.",
 )
 @click.option("--out", type=_FOLDER, help="Where to write <period>/lines.csv, held.csv and the documents.")
-def run(files: Sequence[Path], closes: Sequence[str], out: Path | None) -> None:
+@click.option(
+    "--parties",
+    multiple=True,
+    type=_FILE,
+    help="Names, addresses, VAT numbers, agreements (docs/documents.md); without, they are invented.",
+)
+def run(files: Sequence[Path], closes: Sequence[str], out: Path | None, parties: Sequence[Path]) -> None:
     """Replay interchange FILES through a private stack and write what each close invoices.
 
     The files are one log in the order named: JSON lines such as
@@ -110,7 +116,7 @@ def run(files: Sequence[Path], closes: Sequence[str], out: Path | None) -> None:
     from tribill.closing import CloseRefused
 
     try:
-        closed = replay.run(files, closes, out, say)
+        closed = replay.run(files, closes, out, parties, say)
     except (CloseRefused, interchange.BadClose, ValueError, OSError) as error:
         raise _Failure(str(error)) from None
     if not closed:
@@ -230,7 +236,8 @@ def close(context: click.Context, period: str | None, previous: bool, out: Path 
     """
     from rating.calendar import parse_month
     from sinks.clickhouse import ClickHouse
-    from sinks.documents import Documents, write_files
+    from sinks.documents import Documents
+    from sinks.papers.files import write_files
     from tribill.closing import CloseRefused, close_and_wait, previous_month
 
     if (period is None) != previous:
@@ -286,7 +293,7 @@ def verify(path: Path, usage: Sequence[Path], verbose: bool) -> None:
 
 
 @cli.command("import")
-@click.argument("kind", type=click.Choice(["orders", "list-sizes", "practices", "allocations"]))
+@click.argument("kind", type=click.Choice(["orders", "list-sizes", "practices", "allocations", "parties"]))
 @click.argument("files", nargs=-1, required=True, type=_FILE)
 @click.option(
     "--to",
@@ -317,13 +324,23 @@ def import_files(
     list-sizes   NHS "Patients Registered at a GP Practice"
     practices    practices with PCN and commissioner
     allocations  ordering_party,financial_year,amount or financial_year,per_patient,as_of
+    parties      names, addresses, VAT numbers, self-billing agreements (docs/documents.md); these go
+                 straight into the ledger, and the next close knows them
 
     A bad row is reported with file, line, field and reason and stops nothing but itself; the exit
     status is 1 then.  A line left out of an order comes with a later revision of it.
     """
-    from tribill.importing import import_all
+    from sinks.clickhouse import ClickHouse
+    from tribill.importing import import_all, import_party_files
 
     settings = load_settings(context)
+    if kind == "parties":
+        if target is not None:
+            raise click.UsageError("party data is no interchange file: it goes into the ledger, without --to")
+        _require(settings, "clickhouse")
+        kept, problems = import_party_files(files, ClickHouse(settings), say)
+        click.echo(f"{kept} rows kept, {problems} problems")
+        sys.exit(1 if problems else 0)
     if target is None:
         _require(settings, "kafka", "clickhouse")
     try:
@@ -332,6 +349,26 @@ def import_files(
         raise _Failure(str(error)) from None
     click.echo(f"{published} records {'published' if target is None else f'written to {target}'}, {problems} problems")
     sys.exit(1 if problems else 0)
+
+
+@cli.command()
+@click.argument("files", nargs=-1, required=True, type=_FILE)
+def paper(files: Sequence[Path]) -> None:
+    """Make a PDF beside each of these documents or statements, given as the JSON that a close has written.
+
+    Practices' statements are written as JSON alone, for there are thousands of them.
+    """
+    import json
+
+    from sinks.papers.pdf import document_pdf, statement_pdf
+
+    for path in files:
+        try:
+            body = json.loads(path.read_text(encoding="utf-8"))
+            made = document_pdf(body) if "number" in body else statement_pdf(body)
+        except (ValueError, KeyError, TypeError) as error:
+            raise _Failure(f"{path} is no document or statement of a close: {error!r}") from None
+        path.with_suffix(".pdf").write_bytes(made)
 
 
 for _command in (dead_letters, suspense, doctor):

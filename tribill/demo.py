@@ -20,7 +20,8 @@ from typing import Any
 from rating.amounts import pounds_text
 from rating.calendar import parse_month
 from sinks.clickhouse import ClickHouse
-from sinks.documents import Documents, write_files
+from sinks.documents import Documents
+from sinks.parties import PartyStore
 from streams.codec import Codec
 from streams.producer import Outbox
 from streams.settings import Settings
@@ -195,6 +196,11 @@ class Book:
         body = {"item_id": item, "ods_code": site.ods_code, "milestone": milestone, "date": day.isoformat()}
         return _contract(f"{milestone}-{item}-{site.ods_code}", order, "MilestoneReached", body)
 
+    def item_names(self) -> list[dict[str, Any]]:
+        """What the items are called, as rows of party data; the parties themselves are invented."""
+        names = {each.item_id: each.item_name for each in data.catalogue()}
+        return [{"item": {"item_id": item, "name": name}} for item, name in sorted(names.items()) if name.isprintable()]
+
     # --- the month ---
 
     def usage(self, day: int) -> Iterator[tuple[dict[str, Any], bool]]:
@@ -274,6 +280,7 @@ class Demonstration:
 
     def _order(self) -> None:
         book, count = self._book, 0
+        PartyStore(self._clickhouse).insert(book.item_names(), datetime.now(UTC))
         for values in (book.reference(), book.contracts()):
             for topic, value in values:
                 self._publisher.send_record(topic, value)
@@ -359,6 +366,8 @@ class Demonstration:
         closed = close_and_wait(self._held.settings, period, lambda text: self._say(f"  {text}"))
         self._say(f"{closed.summary()}  ({time.monotonic() - started:.1f} s)")
         if self._out is not None:
+            from sinks.papers.files import write_files
+
             write_files(Documents(self._clickhouse), parse_month(period), self._out)
             self._say(f"  its documents are in {self._out / period}")
 
@@ -439,6 +448,7 @@ def demo(
         supplier_topics=ACCURX,
         horizon_month="2021-03",
         replay_clock=True,
+        specimen=True,
     )
     with ExitStack() as stack:
         try:

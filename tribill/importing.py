@@ -10,8 +10,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sinks.clickhouse import ClickHouse
+from sinks.parties import PartyStore
 from streams.settings import Settings
 from tribill.importers import IMPORTERS, Problem
+from tribill.importers.parties import import_parties
 from tribill.interchange import Publisher
 
 
@@ -66,6 +69,22 @@ def import_all(
         if publisher is not None:
             problems += publisher.flush()
     return published, problems
+
+
+def import_party_files(files: Sequence[Path], clickhouse: ClickHouse, say: Callable[[str], None]) -> tuple[int, int]:
+    """Imports party data into the ledger, a version a file; returns how many rows were kept and how many were bad."""
+    store, kept, problems = PartyStore(clickhouse), 0, 0
+    for path in files:
+        rows = []
+        for found in import_parties(path):
+            if isinstance(found, Problem):
+                problems += 1
+                say(str(found))
+            else:
+                rows.append(found)
+        store.insert(rows, datetime.now(UTC))
+        kept += len(rows)
+    return kept, problems
 
 
 def _first_column(path: Path) -> set[str]:

@@ -10,11 +10,12 @@ from typing import Any
 
 from rating.calendar import month_start, month_text, parse_month
 from sinks.clickhouse import ClickHouse
-from sinks.documents import Documents, write_files
+from sinks.documents import Documents
 from streams.settings import Settings
 from streams.topics import STAGES
 from tribill import interchange
 from tribill.closing import Closed, close_and_wait
+from tribill.importing import import_party_files
 from tribill.installation import Installation
 
 #: Records are stamped so many milliseconds after this instant as lines came before them: "first"
@@ -26,12 +27,13 @@ def run(
     files: Sequence[Path],
     closes: Sequence[str],
     out: Path | None,
+    parties: Sequence[Path],
     say: Callable[[str], None],
     **overrides: Any,
 ) -> list[Closed]:
     """Replays the files, closes what they and `closes` ask for, writes `out/<period>/...`.
 
-    Raises CloseRefused, interchange.BadClose, OSError.
+    Without files of `parties` they are invented.  Raises CloseRefused, interchange.BadClose, OSError.
     """
     survey = interchange.survey(list(files))
     periods = [parse_month(text) for text in (*survey.closes, *closes)]
@@ -45,6 +47,7 @@ def run(
         arrival_floor=arrival.isoformat(),
         horizon_month="" if last is None else month_text(last),
         close_any_period=True,
+        specimen=not parties,
         **overrides,
     )
     with tempfile.TemporaryDirectory(prefix="tribill-run-") as directory:
@@ -53,6 +56,7 @@ def run(
             installation.prepare()
             installation.start_workers([role for role, _ in STAGES])
             say(f"private stack in {directory}; {survey.lines} lines, {len(periods)} closes")
+            import_party_files(parties, ClickHouse(installation.settings), say)
             return _Replay(installation, out, say).replay(files, closes)
 
 
@@ -88,6 +92,8 @@ class _Replay:
         self._publisher.flush()
         closed = close_and_wait(self._installation.settings, text, self._say, self._dead_workers)
         if self._out is not None:
+            from sinks.papers.files import write_files
+
             write_files(Documents(self._clickhouse), parse_month(text), self._out)
         self._say(closed.summary())
         return closed

@@ -1,0 +1,1 @@
+"""Papers: the JSON of a document or statement rendered for others: UBL, PDF, CSV, Odoo.  They add no facts."""

@@ -1,0 +1,160 @@
+"""The folder of a closed period: lines.csv, held.csv, and every document and statement in its forms (RULES 4.4).
+
+```
+<period>/lines.csv, held.csv                    what was invoiced and what is held
+<period>/<number>-<kind>.json .xml .pdf .csv    a document; no XML where it is no e-invoice
+<period>/<number>-evidence.json -usage.jsonl    what it came from, for `tribill verify`
+<period>/statements/practice-<ods>.json         and ordering-party-<ods>, supplier-<id> with a PDF
+<period>/odoo/<payer>.csv .json                 the payer's bills for Odoo
+<period>/control.json, control.txt              what ties out with what
+```
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from rating.calendar import month_text
+from rating.close import CSV_HEADER, csv_rows
+from rating.statements import CONTROL, PRACTICE
+from sinks.documents import Documents
+
+#: From so many papers on it pays to start other processes.
+_MANY = 500
+_LINE_COLUMNS = (
+    "order_number", "item_id", "ods_code", "for_period", "kind", "quantity", "unit", "unit_price", "vat_rate", "net",
+    "cause", "original_document",
+)  # fmt: skip
+
+
+def write_files(documents: Documents, period: int, directory: Path) -> list[Path]:
+    """Writes all files of a closed period; returns their paths."""
+    folder = directory / month_text(period)
+    (folder / "statements").mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, kind in (("lines.csv", "invoiced"), ("held.csv", "held")):
+        rows = csv_rows(documents.rows(period, kind), period)
+        written.append(_write_csv(folder / name, CSV_HEADER, rows))
+    bills: dict[str, list[list[str]]] = {}
+    for paths, payer, bill in _each(documents.bodies(period), partial(write_paper, folder)):
+        written += paths
+        if bill:
+            bills.setdefault(payer, []).extend(bill)
+    written += _write_odoo(folder / "odoo", bills)
+    return written + documents.write_evidence(period, folder, safe_name)
+
+
+#: What a paper's files are, and its bill for the payer's Odoo, if it is one.
+Paper = tuple[list[Path], str, list[list[str]]]
+
+
+def _each(bodies: list[str], write: Callable[[str], Paper]) -> Iterator[Paper]:
+    """Writes each paper; where there are many, on all processors."""
+    if len(bodies) < _MANY:
+        yield from map(write, bodies)
+        return
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        yield from pool.map(write, bodies, chunksize=50)
+
+
+def write_paper(folder: Path, text: str) -> Paper:
+    """Writes a document or statement, given as JSON, in its forms."""
+    body = json.loads(text)
+    if "number" in body:
+        from sinks.papers.odoo import odoo_table
+
+        return _write_document(folder, body), body["payer"], odoo_table([body])
+    return _write_statement(folder, body), "", []
+
+
+def _write_document(folder: Path, body: dict[str, Any]) -> list[Path]:
+    from sinks.papers.pdf import document_pdf
+    from sinks.papers.ubl import ubl
+
+    stem = folder / f"{safe_name(body['number'])}-{body['kind']}"
+    written = [_write(stem, ".json", json_text(body).encode()), _write(stem, ".pdf", document_pdf(body))]
+    if body["electronic"]:
+        written.append(_write(stem, ".xml", ubl(body)))
+    rows = ([line.get(column) or "" for column in _LINE_COLUMNS] for line in body["lines"])
+    return [*written, _write_csv(stem.with_name(f"{stem.name}.csv"), _LINE_COLUMNS, rows)]
+
+
+def _write_statement(folder: Path, body: dict[str, Any]) -> list[Path]:
+    from sinks.papers.pdf import statement_pdf
+
+    kind = body["statement"]
+    stem = folder / (CONTROL if kind == CONTROL else f"statements/{kind}-{safe_name(body['code'])}")
+    written = [_write(stem, ".json", json_text(body).encode())]
+    if kind == CONTROL:
+        written.append(_write(stem, ".txt", control_text(body).encode()))
+    elif kind != PRACTICE:  # of which there are thousands; `tribill paper` makes one
+        written.append(_write(stem, ".pdf", statement_pdf(body)))
+    return written
+
+
+def _write_odoo(folder: Path, bills: dict[str, list[list[str]]]) -> list[Path]:
+    from sinks.papers.odoo import odoo_csv, odoo_json
+
+    written = []
+    for payer, table in sorted(bills.items()):
+        folder.mkdir(exist_ok=True)
+        stem = folder / safe_name(payer)
+        written.append(_write(stem, ".csv", odoo_csv(table).encode()))
+        written.append(_write(stem, ".json", odoo_json(table).encode()))
+    return written
+
+
+def _write(stem: Path, suffix: str, content: bytes) -> Path:
+    path = stem.with_name(stem.name + suffix)
+    path.write_bytes(content)
+    return path
+
+
+def _write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[str]]) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        out = csv.writer(file, lineterminator="\n")
+        out.writerow(header)
+        out.writerows(rows)
+    return path
+
+
+def json_text(body: dict[str, Any]) -> str:
+    """JSON for people and machines: a field a line, and a line of a list a line."""
+    parts = []
+    for name, value in body.items():
+        if isinstance(value, list) and value:
+            rows = ",\n  ".join(json.dumps(each, ensure_ascii=False) for each in value)
+            text = f"[\n  {rows}\n ]"
+        else:
+            text = json.dumps(value, ensure_ascii=False)
+        parts.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def control_text(body: dict[str, Any]) -> str:
+    """The control sheet for a person."""
+    rows = [(name, body[name]) for name in ("charges", "adjustments", "net", "vat", "gross", "held")]
+    rows += [(f"documents: {kind}", str(count)) for kind, count in body["documents"].items()]
+    lines = [f"Control sheet of {body['period']}, in pounds", ""]
+    lines += [f"{name:<44}{value:>20}" for name, value in rows]
+    lines += ["", f"{'what must agree':<44}{'found':>20}{'due':>20}"]
+    lines += [f"{each['what']:<44}{each['found']:>20}{each['due']:>20}" for each in body["checks"]]
+    lines += ["", "series of numbers, without a gap"]
+    lines += [f"{payer:<44}{each['first']:>20}{each['last']:>20}" for payer, each in body["series"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def safe_name(text: str) -> str:
+    """A number as part of a file name: payers' codes come from data, so no separator may survive."""
+    plain = "".join(each if each.isalnum() or each in "-_." else f"%{ord(each):x}" for each in text)
+    plain = plain if not plain.startswith(".") else f"%2e{plain[1:]}"
+    # A file system has a limit; what is cut off is told apart by its digest.
+    return plain if len(plain) <= 100 else f"{plain[:60]}~{hashlib.sha256(text.encode()).hexdigest()[:24]}"
