@@ -1,0 +1,211 @@
+"""A run: the book streams, faults come, periods close; then all is undone, drained, closed and judged."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chaos.book import Book, Garbage
+from chaos.checker import Checker, Log, Unverified, Verdict
+from chaos.faults import CLOSE_STEPS, Fault, Faults, plan
+from chaos.speaker import Speaker
+from chaos.stack import ROOT, Stack
+from sinks.clickhouse import ClickHouse
+from streams.worker import SINK_ERRORS
+
+TICK_SECONDS = 0.05
+LINES_A_SECOND = 30
+DRAIN_SECONDS = 240
+CLOSES_AT_MOST = 12
+_STEPS_OF_A_CLOSE = 2
+
+
+class Stalled(Exception):
+    """Tribill did not do what it had to do, though nothing is broken any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a run shall do."""
+
+    seed: int
+    faults: list[Fault]
+    closes: int
+    gap_seconds: tuple[float, float] = (2.0, 6.0)
+
+
+def wanted(seed: int, count: int) -> Wanted:
+    """A run of so many faults, of which a part are kills of the close at its steps."""
+    closes = max(2, min(CLOSES_AT_MOST, count // 10))
+    return Wanted(seed, plan(seed, max(0, count - _STEPS_OF_A_CLOSE * closes)), closes)
+
+
+@dataclass(slots=True)
+class Report:
+    """What happened and what it came to."""
+
+    happened: Counter[str]
+    verdict: Verdict
+    ended: list[str] = field(default_factory=list)
+
+
+class Run:
+    """One run over a started stack."""
+
+    def __init__(self, stack: Stack, wanted: Wanted, say: Callable[[str], None]) -> None:
+        self._stack = stack
+        self._wanted = wanted
+        self._say = say
+        self._faults = Faults(stack, say)
+        self._book = Book(wanted.seed, wanted.closes)
+        self._speaker = Speaker(stack.settings)
+        self._ledger = ClickHouse(stack.settings)
+        self._lines: Iterator[dict[str, object] | Garbage] = self._book.stream()
+        self._sent = 0
+        self._began = 0.0
+        self._closing = ""
+        self._closed = 0
+        self._detail = ""
+        self._look_at = 0.0
+        self._steps: list[tuple[str, str]] = []
+        self._ended: list[str] = []
+
+    def run(self, until: float = 0) -> Report:
+        """Breaks, mends, closes and judges; `until` (monotonic) ends the faults early."""
+        for line in self._book.opening():
+            self._speaker.say(line)
+        self._began = time.monotonic()
+        self._break(until)
+        self._say("no more faults; all is mended")
+        self._faults.undo_all()
+        self._speaker.wait()
+        self._finish()
+        return Report(self._faults.happened, self._judge(), self._ended)
+
+    # --- while it is broken ---
+
+    def _break(self, until: float) -> None:
+        faults = self._wanted.faults
+        for fault in faults:
+            if until and time.monotonic() > until:
+                return
+            low, high = self._wanted.gap_seconds
+            self._tick_for(low + (high - low) * fault.dice)
+            if not self._closing and fault.number * self._wanted.closes > self._closed * len(faults) + len(faults) / 2:
+                self._ask_to_close()
+            self._faults.inject(fault)
+        while self._faults.waits or self._closing:
+            self._tick()
+
+    def _tick_for(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self._tick()
+
+    def _tick(self) -> None:
+        # In bursts: a batch costs a worker more than a record does.
+        due = int(time.monotonic() - self._began) * LINES_A_SECOND
+        while self._sent < due:
+            self._speaker.say(next(self._lines))
+            self._sent += 1
+        self._faults.tick()
+        self._ended += self._told(self._stack.restart_dead())
+        if self._steps and self._faults.kill_close(*self._steps[0]):
+            self._steps.pop(0)
+        self._look_at_close()
+        time.sleep(TICK_SECONDS)
+
+    def _told(self, ended: Iterator[str]) -> list[str]:
+        told = list(ended)
+        for each in told:
+            self._say(each)
+        return told
+
+    def _ask_to_close(self) -> None:
+        period = self._book.period(self._closed)
+        choice = (self._wanted.seed + 5 * self._closed) % len(CLOSE_STEPS)
+        self._steps = [CLOSE_STEPS[choice], CLOSE_STEPS[(choice + 3) % len(CLOSE_STEPS)]]
+        self._say(f"the close of {period} is asked for")
+        self._speaker.ask_to_close(period)
+        self._closing = period
+
+    def _look_at_close(self) -> None:
+        """Once a second: is it closed, and if not, what does it wait for?"""
+        if not self._closing or time.monotonic() < self._look_at:
+            return
+        self._look_at = time.monotonic() + 1
+        rows = self._ask(
+            "SELECT argMax(detail, at), (SELECT count() FROM periods WHERE period = {period:String})"
+            " FROM close_requests WHERE period = {period:String}",
+            {"period": self._closing},
+        )
+        for detail, closed in rows:
+            if detail != self._detail:
+                self._detail = detail
+                self._say(f"the close: {detail or 'done'}")
+            if closed:
+                self._say(f"{self._closing} is closed")
+                self._closing, self._closed = "", self._closed + 1
+                self._steps = []
+                self._faults.spare_close()
+
+    def _ask(self, statement: str, parameters: dict[str, str]) -> list[tuple[Any, ...]]:
+        """Rows, or none while the ledger is away."""
+        try:
+            return self._ledger.query(statement, parameters)
+        except SINK_ERRORS:
+            return []
+
+    # --- when all is mended ---
+
+    def _finish(self) -> None:
+        deadline = time.monotonic() + DRAIN_SECONDS
+        while self._closed < self._wanted.closes:
+            if not self._closing:
+                self._ask_to_close()
+            self._tick_until(deadline, lambda: not self._closing, f"the close of {self._closing}")
+        self._faults.undo_all()
+        self._speaker.wait()
+        log = Log(self._stack.settings)
+        # A stage that has just finished may have given the next one work: two looks must agree.
+        self._tick_until(
+            time.monotonic() + DRAIN_SECONDS,
+            lambda: not log.behind(self._stack.settings) and not log.behind(self._stack.settings),
+            "the end of the log",
+            lambda: str(log.behind(self._stack.settings)),
+        )
+        if not self._stack.web_answers():
+            raise Stalled("the page does not answer")
+
+    def _tick_until(
+        self, deadline: float, done: Callable[[], bool], what: str, more: Callable[[], str] = lambda: ""
+    ) -> None:
+        self._began = float("inf") if what == "the end of the log" else self._began
+        while not done():
+            if time.monotonic() > deadline:
+                raise Stalled(f"{what} was not reached in {DRAIN_SECONDS} s: {more()}")
+            self._tick_quietly() if self._began == float("inf") else self._tick()
+
+    def _tick_quietly(self) -> None:
+        """As a tick, without more of the book."""
+        self._ended += self._told(self._stack.restart_dead())
+        time.sleep(0.3)
+
+    def _judge(self) -> Verdict:
+        out = self._stack.directory / "out"
+        for number in range(self._closed):
+            self._write_documents(self._book.period(number), out)
+        return Checker(self._stack.settings, self._speaker.said, out).check()
+
+    def _write_documents(self, period: str, out: Path) -> None:
+        config = str(self._stack.directory / "tribill.toml")
+        command = [sys.executable, "-m", "tribill", "--config", config, "close", period, "--out", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
+        if done.returncode:
+            raise Unverified(f"`tribill close {period} --out` failed: {done.stderr}")
