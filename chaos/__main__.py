@@ -18,7 +18,8 @@ import traceback
 from pathlib import Path
 
 from chaos.checker import pounds_text
-from chaos.run import Report, Run, Stalled, wanted
+from chaos.planted import PLANTS
+from chaos.run import Report, Run, Stalled, wanted, wanted_of
 from chaos.stack import NotStarted, Stack, clocks_can_jump
 from tests.kafka.broker import JARS
 
@@ -39,6 +40,9 @@ def main() -> int:
     directory = Path(tempfile.mkdtemp(prefix="tribill-chaos-"))
     print(f"seed {asked.seed}; logs in {directory}", flush=True)
     code = _run(asked, directory)
+    if asked.plant and code != UNVERIFIED:
+        print(f"planted {asked.plant}: {'caught' if code else 'NOT caught'}")
+        code = 0 if code else 1
     if code == 0 and not asked.keep:
         shutil.rmtree(directory, ignore_errors=True)
     return code
@@ -51,12 +55,14 @@ def _run(asked: argparse.Namespace, directory: Path) -> int:
         if what:
             print(f"{time.monotonic() - began:7.1f} s  {what}", flush=True)
 
+    plant = PLANTS.get(asked.plant)
     count = asked.faults or int(asked.minutes * _FAULTS_A_MINUTE)
     try:
-        with Stack(directory, asked.brokers) as stack:
+        with Stack(directory, asked.brokers, asked.plant) as stack:
             say("all workers are ready")
-            until = 0 if asked.faults else time.monotonic() + asked.minutes * 60
-            report = Run(stack, wanted(asked.seed, count), say).run(until)
+            until = 0 if asked.faults or plant else time.monotonic() + asked.minutes * 60
+            run = wanted_of(asked.seed, plant) if plant else wanted(asked.seed, count)
+            report = Run(stack, run, say).run(until)
     except Stalled as error:
         print(f"seed {asked.seed}: {error}")
         return 1
@@ -91,6 +97,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=5, help="break it for so long")
     parser.add_argument("--faults", type=int, default=0, help="break it so often, instead")
     parser.add_argument("--brokers", type=int, choices=(1, 3), default=1, help="3: leaders change")
+    parser.add_argument("--plant", choices=sorted(PLANTS), default="", help="a bug that must be caught")
     parser.add_argument("--keep", action="store_true", help="keep the logs also when all is well")
     return parser.parse_args()
 

@@ -10,7 +10,7 @@ import csv
 import io
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -230,9 +230,7 @@ class Checker:
             "reference_changes": ("code, generation, partition, offset", "outcome, body"),
         }
         for table, (key, content) in keyed.items():
-            rows = self._ledger.query(
-                f"SELECT {key} FROM {table} GROUP BY {key} HAVING uniqExact({content}) > 1"
-            )
+            rows = self._ledger.query(f"SELECT {key} FROM {table} GROUP BY {key} HAVING uniqExact({content}) > 1")
             self.verdict.note(f"two states in {table}", (str(row) for row in rows))
         twice = self._ledger.query(
             """
@@ -277,9 +275,9 @@ class Checker:
         months = sorted({month for *_, month in found})
         for month in range(months[0] - 12, months[-1] + 1) if months else []:
             at = (month // 12, month % 12 + 1)
-            lines = [line for line in known.lines if oracle.touches(line, at)]
-            for key, days in oracle.month_charges(known, lines, at, units).items():
-                expected[(*key, month)] = sum(days.values(), Fraction(0)) * 100
+            lines = [each for each in known.lines if oracle.touches(each, at)]
+            for line, days in oracle.month_charges(known, lines, at, units).items():
+                expected[(*line, month)] = sum(days.values(), Fraction(0)) * 100
         differing = []
         for key in sorted(found.keys() | expected.keys()):
             ours, theirs = found.get(key, Fraction(0)), expected.get(key, Fraction(0))
@@ -353,6 +351,3 @@ def pounds_text(pounds: Fraction) -> str:
     """An amount of money for a person, never rounded to nothing."""
     shown = (Decimal(pounds.numerator) / pounds.denominator).quantize(Decimal("0.01"))
     return "0.01" if pounds and not shown else str(shown)
-
-
-Say = Callable[[str], None]

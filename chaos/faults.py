@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import redis
 
-from chaos.proxy import AFTER, BEFORE, HALF, MOMENTS, Trap
+from chaos.proxy import AFTER, BEFORE, FULL, HALF, MOMENTS, Door, Trap
 from chaos.stack import MOST_WORKERS, SESSION_SECONDS, Stack, Worker, clocks_can_jump
 
 #: What each role inserts; a fault at an insert waits for one of them.
@@ -37,8 +37,6 @@ CLOSE_STEPS += [("close_requests", BEFORE), ("close_requests", AFTER)]
 TRAP_SECONDS = 12
 #: After the insert, and before a planted bug's window closes (chaos/planted.py).
 SOON_SECONDS = 0.5
-#: A disk of this size is full.
-_FULL_BYTES = 64
 
 #: Every kind of fault with how often it stands in a round of the plan.
 KINDS = {
@@ -98,8 +96,9 @@ class _Waiting:
     what: str
     kind: str
     trap: Trap
-    worker: Worker
     deadline: float
+    #: Who it was, once it has sprung.
+    caught: Worker | None = None
 
 
 class Faults:
@@ -127,17 +126,17 @@ class Faults:
         for waiting in list(self._waiting):
             if waiting.trap.sprung.is_set():
                 self._waiting.remove(waiting)
-                self._done(waiting.kind, waiting.what)
+                self._done(waiting.kind, waiting.what.format(waiting.caught and waiting.caught.name))
             elif now > waiting.deadline:
                 # Nothing came that way.
                 self._waiting.remove(waiting)
-                waiting.worker.door.trap = None
-                self._say(f"not met: {waiting.what}")
+                waiting.trap.taken = True
+                self._say(f"not met: {waiting.what}".format("a worker"))
 
     def undo_all(self) -> None:
         """Nothing stays broken."""
         for waiting in self._waiting:
-            waiting.worker.door.trap = None
+            waiting.trap.taken, waiting.deadline = True, 0
         self._waiting.clear()
         while self._undo:
             _, what, undo = self._undo.pop(0)
@@ -147,16 +146,13 @@ class Faults:
     def inject(self, fault: Fault) -> None:
         """Does a fault, or sets its trap."""
         if fault.at is not None:
-            self._set(fault, *fault.at)
+            self._set(fault.kind, *fault.at)
             return
         getattr(self, "_" + fault.kind.replace(" ", "_").replace("'s", ""))(fault)
 
     def kill_close(self, table: str, moment: str) -> bool:
         """The worker of the close dies at this insert.  False when it is not there now."""
-        workers = [each for each in self._stack.of("period-close") if each.alive and each.door.trap is None]
-        if workers:
-            self._trap(workers[0], table, moment, "kill", CLOSE_KIND, float("inf"))
-        return bool(workers)
+        return self._set(CLOSE_KIND, "period-close", table, moment, "kill", float("inf"))
 
     def spare_close(self) -> None:
         """The close is done: what was to happen to it has not."""
@@ -193,23 +189,19 @@ class Faults:
 
     def _at_an_insert(self, fault: Fault, action: str) -> None:
         steps = [(role, table, moment) for role in BUSY for table in INSERTS[role] for moment in (BEFORE, HALF, AFTER)]
-        self._set(fault, *steps[int(fault.dice * len(steps))], action)
+        self._set(fault.kind, *steps[int(fault.dice * len(steps))], action)
 
-    def _set(self, fault: Fault, role: str, table: str, moment: str, action: str) -> None:
-        """A trap for one of the role's workers."""
-        free = [each for each in self._stack.of(role) if each.alive and each.door.trap is None]
-        if free:
-            self._trap(free[int(fault.dice * 997) % len(free)], table, moment, action, fault.kind)
-
-    def _trap(
-        self, worker: Worker, table: str, moment: str, action: str, kind: str, seconds: float = TRAP_SECONDS
-    ) -> None:
-        process = worker.process
+    def _set(self, kind: str, role: str, table: str, moment: str, action: str, seconds: float = TRAP_SECONDS) -> bool:
+        """A trap for the first of the role's workers that comes there.  False when none is there now."""
+        workers = [each for each in self._stack.of(role) if each.alive and not each.trapped]
         hold = None if action in ("kill", "cut") else threading.Event()
 
-        def spring() -> None:
-            if worker.process is not process:
+        def spring(door: Door) -> None:
+            [worker] = [each for each in workers if each.door is door]
+            if not waiting.deadline:
+                (hold or threading.Event()).set()  # it was given up meanwhile
                 return
+            waiting.caught = worker
             if action == "kill":
                 worker.signal(signal.SIGKILL)
             elif action == "pause":
@@ -220,27 +212,33 @@ class Faults:
 
         what = {"kill": "kill -9 of", "cut": "connection cut of", "pause": "SIGSTOP of", "kill soon": "soon kill -9 of"}
         trap = Trap(table, moment, spring, hold)
-        worker.door.trap = trap
-        shown = f"{what[action]} {worker.name} {moment} its insert into {table}"
-        self._waiting.append(_Waiting(shown, kind, trap, worker, time.monotonic() + seconds))
+        waiting = _Waiting(
+            f"{what[action]} {{}} {moment} its insert into {table}", kind, trap, time.monotonic() + seconds
+        )
+        for worker in workers:
+            worker.door.trap = trap
+        if workers:
+            self._waiting.append(waiting)
         if hold is not None and action == "pause":
-            self._replace_paused(worker, hold, trap.sprung)
+            self._when_paused(waiting, hold)
+        return bool(workers)
 
-    def _replace_paused(self, worker: Worker, hold: threading.Event, sprung: threading.Event) -> None:
+    def _when_paused(self, waiting: _Waiting, hold: threading.Event) -> None:
+        """Once the trap has sprung: another takes over, and after the session has ended the zombie returns."""
+        worker = waiting.caught
+        if worker is None:
+            if time.monotonic() < waiting.deadline:
+                self._later(0.2, "", lambda: self._when_paused(waiting, hold))
+            else:
+                hold.set()
+            return
+
         def come_back() -> None:
             hold.set()
             worker.resume()
 
-        def when_sprung() -> None:
-            if sprung.is_set():
-                self._replacement(worker)
-                self._later(SESSION_SECONDS + 4, f"{worker.name} comes back as a zombie", come_back)
-            elif worker.door.trap is not None:
-                self._later(0.2, "", when_sprung)
-            else:
-                hold.set()
-
-        self._later(0.2, "", when_sprung)
+        self._replacement(worker)
+        self._later(SESSION_SECONDS + 4, f"{worker.name} comes back as a zombie", come_back)
 
     def _replacement(self, worker: Worker) -> None:
         """A role whose only worker is paused is given another, for good measure."""
@@ -290,20 +288,21 @@ class Faults:
         self._done(fault.kind, "kill -9 of the ledger's endpoint")
 
     def _fill_the_ledger_disk(self, fault: Fault) -> None:
-        self._stack.limit_ledger_files(_FULL_BYTES)
-        self._later(2 + fault.dice * 4, "the ledger's disk has room", lambda: self._stack.limit_ledger_files(-1))
-        self._done(fault.kind, "the ledger's disk is full")
+        # Not by RLIMIT_FSIZE: under it chDB acknowledges what it could not write.
+        self._inserts_fail(fault, FULL, "the ledger's disk is full")
 
     def _fail_all_inserts(self, fault: Fault) -> None:
         moment = MOMENTS[int(fault.dice * 997) % 3]
+        self._inserts_fail(fault, moment, f"every insert is cut {moment} it")
 
+    def _inserts_fail(self, fault: Fault, how: str, what: str) -> None:
         def fail(how: str | None) -> None:
             for worker in self._stack.workers:
                 worker.door.failing = how
 
-        fail(moment)
+        fail(how)
         self._later(2 + fault.dice * 4, "inserts work again", lambda: fail(None))
-        self._done(fault.kind, f"every insert is cut {moment} it")
+        self._done(fault.kind, what)
 
     def _kill_a_broker(self, fault: Fault) -> None:
         brokers = self._stack.brokers

@@ -6,14 +6,19 @@ of this: each bug replaces some method in this process.
 
 from __future__ import annotations
 
+import os
+import select
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 #: So long is what a bug does too early ahead of what it should have waited for.
 WINDOW_SECONDS = 2.0
+#: The name of no bug.
+NOTHING = "nothing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,34 +35,28 @@ class Plant:
 
 def _claim_without_position() -> None:
     """Whatever is claimed is a duplicate: the retry after a crash finds its own claim and is dropped."""
-    from agents.usage import Usage
+    import polars as pl
+
+    from agents.usage import _IDENTITY, Usage
     from sinks.claims import Claims
 
-    claimed: set[str] = set()
-    claim, judge = Claims.claim, Usage._judge_copies
+    claim, rows_of = Claims.claim, Usage._rows
+    fresh = pl.Series(dtype=pl.Boolean)
 
     def remember(self: Any, identities: Any, claims: Any) -> Any:
-        standing, after = claim(self, identities, claims)
-        claimed.clear()
-        claimed.update(identity for identity, each in zip(identities, standing, strict=True) if each is not None)
-        return standing, after
+        nonlocal fresh
+        fresh, after = claim(self, identities, claims)
+        return fresh, after
 
-    def drop(self: Any, copies: Any, batch: Any, outcome: Any) -> None:
-        generation, offset = self._generation, batch.first_offset
-        names = ("ods_code", "supplier_id", "id")
-        identities = {tuple(row[name] for name in names) for row in copies.iter_rows(named=True)}
-        rows = self._context.ledger.known_usage(identities, generation, offset)
-        known = {tuple(row[name] for name in names) for row in rows}
-        kept = [
-            row
-            for row in copies.iter_rows(named=True)
-            if tuple(row[name] for name in names) in known
-            or row["revision"]
-            or f"{row['supplier_id']}/{row['ods_code']}/{row['id']}" not in claimed
-        ]
-        judge(self, copies.clear() if not kept else type(copies)(kept, schema=copies.schema), batch, outcome)
+    def without_claimed(self: Any, batch: Any) -> Any:
+        rows = rows_of(self, batch)
+        self._certainly_new(rows)
+        claimed = rows.filter(~fresh & (rows["revision"] == 0)).select(_IDENTITY).unique()
+        known = self._context.ledger.known_usage(claimed, self._generation, batch.first_offset)
+        lost = claimed.join(rows.filter(fresh), on=_IDENTITY, how="anti").join(known, on=_IDENTITY, how="anti")
+        return rows.join(lost, on=_IDENTITY, how="anti")
 
-    Claims.claim, Usage._judge_copies = remember, drop  # type: ignore[method-assign]
+    Claims.claim, Usage._rows = remember, without_claimed  # type: ignore[method-assign]
 
 
 def _commit_before_insert() -> None:
@@ -82,59 +81,55 @@ def _commit_before_insert() -> None:
 
 def _commit_before_totals() -> None:
     """What was sent is not waited for, and leaves a moment later."""
+    from confluent_kafka import Producer
+
+    from agents import context
     from streams import producer
 
     class Hasty(producer.Outbox):
         def __init__(self, settings: Any) -> None:
             patched = {"linger.ms": str(int(WINDOW_SECONDS * 1000)), "batch.num.messages": "100000"}
-            make = producer.Producer
-            with mock.patch.object(producer, "Producer", lambda found: make(found | patched)):
+            with mock.patch.object(producer, "Producer", lambda found: Producer(found | patched)):
                 super().__init__(settings)
 
         def flush(self) -> None:
             self._producer.poll(0)
 
-    from agents import context
-
-    context.Outbox = Hasty  # type: ignore[misc]
+    mock.patch.object(context, "Outbox", Hasty).start()
 
 
 def _delta_instead_of_total() -> None:
     """Usage says by how much a day's total moved, and charges add it up."""
-    from agents.charges import Charges, State
-    from agents.usage import Usage
-
-    judge, publish, apply = Usage._judge, Usage._publish, Charges._apply_totals
-    moved: dict[Any, int] = {}
-
-    def remember(self: Any, rows: Any, batch: Any) -> Any:
-        outcome = judge(self, rows, batch)
-        moved.clear()
-        moved.update(outcome.change)
-        return outcome
-
-    def publish_moves(self: Any, batch: Any, totals: Mapping[Any, int]) -> None:
-        publish(self, batch, dict(moved))
-
-    def add(self: Any, block: bytes, state: State) -> None:
-        before = {service: dict(days) for service, days in state.usage.items()}
-        positions = dict(state.positions)
-        apply(self, block, state)
-        if state.positions != positions:
-            for service, days in _said(block):
-                for day in days:
-                    state.usage[service][day] += before.get(service, {}).get(day, 0)
-
-    Usage._judge, Usage._publish = remember, publish_moves  # type: ignore[method-assign]
-    Charges._apply_totals = add  # type: ignore[method-assign]
-
-
-def _said(block: bytes) -> Iterable[tuple[tuple[str, str], list[int]]]:
+    import polars as pl
     import pyarrow as pa
 
-    with pa.ipc.open_stream(block) as reader:
-        rows = reader.read_all().to_pylist()
-    return [((row["item_id"], row["ods_code"]), [row["day"]]) for row in rows]
+    from agents.charges import Charges
+    from agents.usage import Usage, _Totals
+    from sinks.positions import place_text
+    from streams.topics import USAGE_ACCEPTED
+
+    total, apply, do = _Totals.add, Charges._apply_totals, Usage.do
+
+    def moves(self: Any, changes: Any) -> Any:
+        total(self, changes)
+        return changes.with_columns(pl.col("quantity_micros").cast(pl.String))
+
+    def add(self: Any, block: bytes, state: Any) -> None:
+        with pa.ipc.open_stream(block) as reader:
+            metadata, rows = reader.schema.metadata, reader.read_all().to_pylist()
+        place = place_text(USAGE_ACCEPTED, int(metadata[b"partition"]))
+        counted = int(metadata[b"end_offset"]) >= state.positions.get(place, 0)
+        days = [((row["item_id"], row["ods_code"]), row["day"]) for row in rows]
+        before = [state.usage.get(service, {}).get(day, 0) for service, day in days]
+        apply(self, block, state)
+        for (service, day), known in zip(days, before, strict=True):
+            state.usage[service][day] += known if counted else 0
+
+    def linger(self: Any, batch: Any) -> None:
+        do(self, batch)
+        time.sleep(WINDOW_SECONDS)  # said, and not yet committed
+
+    _Totals.add, Charges._apply_totals, Usage.do = moves, add, linger  # type: ignore[method-assign]
 
 
 def _no_fencing() -> None:
@@ -155,17 +150,21 @@ PLANTS = {
         Plant("claim-without-position", _claim_without_position, "usage", "usage", "before", "kill"),
         Plant("commit-before-insert", _commit_before_insert, "usage", "usage", "before", "kill"),
         Plant("commit-before-totals", _commit_before_totals, "usage", "usage", "after", "kill soon"),
-        Plant("delta-instead-of-total", _delta_instead_of_total, "usage", "usage", "after", "kill"),
+        Plant("delta-instead-of-total", _delta_instead_of_total, "usage", "usage", "after", "kill soon"),
         Plant("no-fencing", _no_fencing, "charges", "accruals", "before", "pause"),
     )
 }
 
 
 def main() -> None:
-    """Plants the bug and hands over."""
+    """Plants the bug, if one is named, and hands over."""
     from tribill.cli import main as tribill
 
-    PLANTS[sys.argv[1]].plant()
+    if "faketime" in os.environ.get("LD_PRELOAD", ""):
+        # With libfaketime 0.9.10, which leaves the monotonic clock alone here, Python's own sleep fails (EINVAL).
+        mock.patch.object(time, "sleep", lambda seconds: select.select([], [], [], seconds)).start()
+    if sys.argv[1] != NOTHING:
+        PLANTS[sys.argv[1]].plant()
     sys.argv = ["tribill", *sys.argv[2:]]
     tribill()
 

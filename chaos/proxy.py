@@ -17,21 +17,30 @@ from urllib.parse import unquote_plus
 
 BEFORE, HALF, AFTER = "before", "in the middle of", "after"
 MOMENTS = (BEFORE, HALF, AFTER)
+FULL = "full"
+_FULL_TEXT = b"Code: 243. DB::Exception: Cannot reserve 1.00 MiB, not enough space. (NOT_ENOUGH_SPACE)\n"
+#: What ClickHouse answers when its disk is full (tried on a full tmpfs).
+_FULL_ANSWER = (
+    b"HTTP/1.1 500 Internal Server Error\r\nX-ClickHouse-Exception-Code: 243\r\n"
+    b"Content-Type: text/plain\r\nContent-Length: %d\r\n\r\n%b" % (len(_FULL_TEXT), _FULL_TEXT)
+)
 _INSERT = re.compile(r"INSERT\s+INTO\s+[`\"]?(?:\w+[`\"]?\.[`\"]?)?(\w+)", re.IGNORECASE)
 _HEAD_LIMIT = 1 << 20
 
 
 @dataclass(slots=True)
 class Trap:
-    """What happens at the next insert into a table (empty: any); `spring` is called in the doors' thread.
+    """What happens at the next insert into a table, at whichever of the doors that it was set at.
 
-    The connection is cut unless `hold`: then the insert goes on its way when that is set.
+    `spring` is called in the doors' thread.  The connection is cut unless `hold`: then the insert goes
+    on its way when that is set.
     """
 
     table: str
     moment: str
-    spring: Callable[[], None]
+    spring: Callable[[Door], None]
     hold: threading.Event | None = None
+    taken: bool = False
     sprung: threading.Event = field(default_factory=threading.Event)
 
 
@@ -42,7 +51,7 @@ class Door:
         self.port = port
         self._upstream = upstream
         self.trap: Trap | None = None
-        #: Every insert is cut, at this moment, until it is None again.
+        #: Every insert is cut at this moment (or answered that the disk is full), until it is None again.
         self.failing: str | None = None
 
     async def open(self) -> None:
@@ -67,17 +76,23 @@ class Door:
         writer: asyncio.StreamWriter,
     ) -> None:
         trap, moment = self._caught(request)
+        if moment == FULL:
+            writer.write(_FULL_ANSWER)
+            await writer.drain()
+            return
         if moment == BEFORE:
-            await _spring(trap)
+            await self._spring(trap)
         if moment == HALF:
             upstream.write(request[: len(request) // 2])
             await upstream.drain()
-            await _spring(trap)
-        upstream.write(request)
+            await self._spring(trap)
+            upstream.write(request[len(request) // 2 :])
+        else:
+            upstream.write(request)
         await upstream.drain()
         answer = await _message(answers)
         if moment == AFTER:
-            await _spring(trap)
+            await self._spring(trap)
         writer.write(answer)
         await writer.drain()
 
@@ -86,10 +101,22 @@ class Door:
         if found is None:
             return None, ""
         trap = self.trap
-        if trap is not None and trap.table in ("", found[1]):
-            self.trap = None
+        if trap is not None and trap.taken:
+            trap = self.trap = None
+        if trap is not None and trap.table == found[1]:
+            self.trap, trap.taken = None, True
             return trap, trap.moment
         return None, self.failing or ""
+
+    async def _spring(self, trap: Trap | None) -> None:
+        if trap is None:
+            raise _Cut
+        trap.spring(self)
+        trap.sprung.set()
+        if trap.hold is None:
+            raise _Cut
+        while not trap.hold.is_set():
+            await asyncio.sleep(0.05)
 
 
 class Doors:
@@ -108,17 +135,6 @@ class Doors:
 
 class _Cut(Exception):
     """This connection ends here."""
-
-
-async def _spring(trap: Trap | None) -> None:
-    if trap is None:
-        raise _Cut
-    trap.spring()
-    trap.sprung.set()
-    if trap.hold is None:
-        raise _Cut
-    while not trap.hold.is_set():
-        await asyncio.sleep(0.05)
 
 
 async def _message(reader: asyncio.StreamReader) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 import time
@@ -14,16 +15,20 @@ from typing import Any
 from chaos.book import Book, Garbage
 from chaos.checker import Checker, Log, Unverified, Verdict
 from chaos.faults import CLOSE_STEPS, Fault, Faults, plan
+from chaos.planted import Plant
 from chaos.speaker import Speaker
 from chaos.stack import ROOT, Stack
 from sinks.clickhouse import ClickHouse
 from streams.worker import SINK_ERRORS
 
 TICK_SECONDS = 0.05
-LINES_A_SECOND = 30
+LINES_A_SECOND = 20
+#: In bursts: a batch costs a worker more than a record does.
+BURST_SECONDS = 2
 DRAIN_SECONDS = 240
 CLOSES_AT_MOST = 12
 _STEPS_OF_A_CLOSE = 2
+_PLANTED_FAULTS = 6
 
 
 class Stalled(Exception):
@@ -37,6 +42,7 @@ class Wanted:
     seed: int
     faults: list[Fault]
     closes: int
+    steps_of_a_close: int = _STEPS_OF_A_CLOSE
     gap_seconds: tuple[float, float] = (2.0, 6.0)
 
 
@@ -44,6 +50,14 @@ def wanted(seed: int, count: int) -> Wanted:
     """A run of so many faults, of which a part are kills of the close at its steps."""
     closes = max(2, min(CLOSES_AT_MOST, count // 10))
     return Wanted(seed, plan(seed, max(0, count - _STEPS_OF_A_CLOSE * closes)), closes)
+
+
+def wanted_of(seed: int, plant: Plant) -> Wanted:
+    """A run of the fault that brings a planted bug out, again and again."""
+    at = (plant.role, plant.table, plant.moment, plant.action)
+    dice = random.Random(f"planted {seed}")
+    faults = [Fault(number, f"for {plant.name}", dice.random(), at) for number in range(1, _PLANTED_FAULTS + 1)]
+    return Wanted(seed, faults, closes=1, steps_of_a_close=0)
 
 
 @dataclass(slots=True)
@@ -109,8 +123,7 @@ class Run:
             self._tick()
 
     def _tick(self) -> None:
-        # In bursts: a batch costs a worker more than a record does.
-        due = int(time.monotonic() - self._began) * LINES_A_SECOND
+        due = int((time.monotonic() - self._began) / BURST_SECONDS) * BURST_SECONDS * LINES_A_SECOND
         while self._sent < due:
             self._speaker.say(next(self._lines))
             self._sent += 1
@@ -130,7 +143,8 @@ class Run:
     def _ask_to_close(self) -> None:
         period = self._book.period(self._closed)
         choice = (self._wanted.seed + 5 * self._closed) % len(CLOSE_STEPS)
-        self._steps = [CLOSE_STEPS[choice], CLOSE_STEPS[(choice + 3) % len(CLOSE_STEPS)]]
+        steps = [CLOSE_STEPS[choice], CLOSE_STEPS[(choice + 3) % len(CLOSE_STEPS)]]
+        self._steps = steps[: self._wanted.steps_of_a_close]
         self._say(f"the close of {period} is asked for")
         self._speaker.ask_to_close(period)
         self._closing = period
@@ -165,32 +179,29 @@ class Run:
     # --- when all is mended ---
 
     def _finish(self) -> None:
-        deadline = time.monotonic() + DRAIN_SECONDS
         while self._closed < self._wanted.closes:
-            if not self._closing:
-                self._ask_to_close()
-            self._tick_until(deadline, lambda: not self._closing, f"the close of {self._closing}")
+            self._ask_to_close()
+            self._until(lambda: not self._closing, "the close", lambda: self._detail, self._tick)
         self._faults.undo_all()
         self._speaker.wait()
         log = Log(self._stack.settings)
-        # A stage that has just finished may have given the next one work: two looks must agree.
-        self._tick_until(
-            time.monotonic() + DRAIN_SECONDS,
-            lambda: not log.behind(self._stack.settings) and not log.behind(self._stack.settings),
-            "the end of the log",
-            lambda: str(log.behind(self._stack.settings)),
-        )
-        if not self._stack.web_answers():
-            raise Stalled("the page does not answer")
+        behind: dict[str, int] = {}
 
-    def _tick_until(
-        self, deadline: float, done: Callable[[], bool], what: str, more: Callable[[], str] = lambda: ""
-    ) -> None:
-        self._began = float("inf") if what == "the end of the log" else self._began
+        def all_done() -> bool:
+            # A stage that has just finished may have given the next one work: two looks must agree.
+            nonlocal behind
+            behind = log.behind(self._stack.settings) or log.behind(self._stack.settings)
+            return not behind
+
+        self._until(all_done, "the end of the log", lambda: f"{behind} records to do", self._tick_quietly)
+        self._until(self._stack.web_answers, "the page", str, self._tick_quietly)
+
+    def _until(self, done: Callable[[], bool], what: str, left: Callable[[], str], tick: Callable[[], None]) -> None:
+        deadline = time.monotonic() + DRAIN_SECONDS
         while not done():
             if time.monotonic() > deadline:
-                raise Stalled(f"{what} was not reached in {DRAIN_SECONDS} s: {more()}")
-            self._tick_quietly() if self._began == float("inf") else self._tick()
+                raise Stalled(f"{what} was not reached in {DRAIN_SECONDS} s, with nothing broken: {left()}")
+            tick()
 
     def _tick_quietly(self) -> None:
         """As a tick, without more of the book."""

@@ -59,7 +59,9 @@ class Speaker(interchange.Publisher):
 
     def _send(self, line: interchange.Line, timestamp_ms: int) -> None:
         key, value = self._encode(line)
-        self._produce({"topic": line.topic, "value": line.value}, line.topic, key and key.encode(), value)
+        self._produce(
+            {"topic": line.topic, "value": line.value}, line.topic, None if key is None else key.encode(), value
+        )
 
     def _produce(
         self, meant: dict[str, Any] | Garbage | None, topic: str, key: bytes | None, value: bytes | None

@@ -6,17 +6,16 @@ that the kernel ends with this one.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import resource
 import signal
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from chaos.planted import NOTHING
 from chaos.proxy import Door, Doors
 from sinks.clickhouse import ClickHouse
 from streams.settings import Settings
@@ -52,7 +51,6 @@ class Worker:
     paused: bool = False
     #: Ended by us, and not yet started again.
     down_until: float = 0
-    deaths: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -63,6 +61,11 @@ class Worker:
     def alive(self) -> bool:
         """Whether it runs and is not paused."""
         return self.process is not None and self.process.exit_code is None and not self.paused
+
+    @property
+    def trapped(self) -> bool:
+        """Whether a trap waits for it."""
+        return self.door.trap is not None and not self.door.trap.taken
 
     def signal(self, number: signal.Signals) -> None:
         """Sends it a signal, unless it has ended."""
@@ -99,7 +102,7 @@ class Stack:
             kafka=self.brokers.bootstrap,
             clickhouse=self.parts.clickhouse,
             redis=self.parts.redis,
-            partitions=4,
+            partitions=3,
             replication=brokers,
             session_timeout_seconds=SESSION_SECONDS,
             supplier_topics="10000,10052",
@@ -157,7 +160,7 @@ class Stack:
         """Starts a worker (again)."""
         clickhouse = f"http://127.0.0.1:{worker.door.port}"
         settings = replace(self.settings, worker_port=worker.port, clickhouse=clickhouse)
-        command = ["-m", "chaos.planted", self._planted] if self._planted else ["-m", "tribill"]
+        command = ["-m", "chaos.planted", self._planted or NOTHING]
         environment = settings.environment() | {"PYTHONPATH": str(ROOT)}
         if _FAKETIME.exists():
             environment |= {
@@ -193,7 +196,8 @@ class Stack:
                 worker.down_until = now + 0.5
                 code = worker.process.exit_code
                 if code != -signal.SIGKILL:
-                    worker.deaths.append(worker.process.log_tail(40))
+                    with (self.directory / "deaths.log").open("a") as log:
+                        log.write(f"--- {worker.name}, exit code {code}\n{worker.process.log_tail(60)}\n")
                     yield f"{worker.name} ended by itself with exit code {code}"
             elif now > worker.down_until:
                 worker.down_until = 0
@@ -231,13 +235,6 @@ class Stack:
                 return bool(answer.status == 200)
         except OSError:
             return False
-
-    def limit_ledger_files(self, size: int) -> None:
-        """No file of the ledger's endpoint may grow above so many bytes (-1: any)."""
-        pid = next((part.pid for part in self.parts.parts if part.name == "clickhouse"), None)
-        if pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
     def _create_topics(self) -> None:
         deadline = time.monotonic() + START_SECONDS
