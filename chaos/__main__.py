@@ -81,6 +81,7 @@ def _tell(report: Report, seed: int) -> int:
     print(f"checked: {checked}")
     for kind, count in sorted(report.happened.items()):
         print(f"  {count:4} x {kind}")
+    print(f"  {report.ended:4} times a worker ended by itself and was started again")
     for difference in report.verdict.differences:
         print(f"DIFFERENCE {difference}")
     if report.verdict.differences or report.verdict.pounds:

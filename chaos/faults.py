@@ -32,8 +32,12 @@ INSERTS = {
 }
 #: Roles with much to do: faults at an insert, and pauses, mostly hit these.
 BUSY = ("usage", "charges", "funding", "contracts", "reference")
-CLOSE_STEPS = [(table, moment) for table in ("cuts", "document_rows", "documents", "periods") for moment in MOMENTS]
-CLOSE_STEPS += [("close_requests", BEFORE), ("close_requests", AFTER)]
+#: The writes of a close in their order, each with the moments at which it can die there.
+CLOSE_STEPS = [
+    (table, moment)
+    for table in ("close_requests", "cuts", "document_rows", "documents", "periods")
+    for moment in MOMENTS
+]
 TRAP_SECONDS = 12
 #: After the insert, and before a planted bug's window closes (chaos/planted.py).
 SOON_SECONDS = 0.5
@@ -95,6 +99,7 @@ class _Waiting:
 
     what: str
     kind: str
+    role: str
     trap: Trap
     deadline: float
     #: Who it was, once it has sprung.
@@ -128,10 +133,8 @@ class Faults:
                 self._waiting.remove(waiting)
                 self._done(waiting.kind, waiting.what.format(waiting.caught and waiting.caught.name))
             elif now > waiting.deadline:
-                # Nothing came that way.
                 self._waiting.remove(waiting)
-                waiting.trap.taken = True
-                self._say(f"not met: {waiting.what}".format("a worker"))
+                self._give_up(waiting)
 
     def undo_all(self) -> None:
         """Nothing stays broken."""
@@ -159,6 +162,16 @@ class Faults:
         for waiting in self._waiting:
             if waiting.kind == CLOSE_KIND:
                 waiting.deadline = 0
+
+    def _give_up(self, waiting: _Waiting) -> None:
+        """Nothing came that way: a worker of the role dies all the same."""
+        waiting.trap.taken, waiting.deadline = True, 0
+        there = [each for each in self._stack.of(waiting.role) if each.alive]
+        if waiting.kind == CLOSE_KIND or not there:
+            self._say(f"not met: {waiting.what}".format("a worker"))
+            return
+        there[0].signal(signal.SIGKILL)
+        self._done("kill a worker", f"kill -9 of {there[0].name}, which inserts nothing")
 
     def _done(self, kind: str, what: str) -> None:
         self.happened[kind] += 1

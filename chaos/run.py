@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ TICK_SECONDS = 0.05
 LINES_A_SECOND = 20
 #: In bursts: a batch costs a worker more than a record does.
 BURST_SECONDS = 2
-DRAIN_SECONDS = 240
+DRAIN_SECONDS = 400
 CLOSES_AT_MOST = 12
 _STEPS_OF_A_CLOSE = 2
 _PLANTED_FAULTS = 6
+#: What a worker ends with that meets what it does not expect (streams/worker.py).
+BUG_EXIT = 70
 
 
 class Stalled(Exception):
@@ -66,7 +68,8 @@ class Report:
 
     happened: Counter[str]
     verdict: Verdict
-    ended: list[str] = field(default_factory=list)
+    #: How often a worker ended by itself: it could not reach something while it started.
+    ended: int = 0
 
 
 class Run:
@@ -100,7 +103,9 @@ class Run:
         self._faults.undo_all()
         self._speaker.wait()
         self._finish()
-        return Report(self._faults.happened, self._judge(), self._ended)
+        verdict = self._judge()
+        verdict.note("a bug", [each for each in self._ended if each.endswith(f" {BUG_EXIT}")])
+        return Report(self._faults.happened, verdict, len(self._ended))
 
     # --- while it is broken ---
 
@@ -114,8 +119,7 @@ class Run:
             if not self._closing and fault.number * self._wanted.closes > self._closed * len(faults) + len(faults) / 2:
                 self._ask_to_close()
             self._faults.inject(fault)
-        while self._faults.waits or self._closing:
-            self._tick()
+        self._until(lambda: not self._faults.waits and not self._closing, "the close", lambda: self._detail, self._tick)
 
     def _tick_for(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -129,10 +133,13 @@ class Run:
             self._sent += 1
         self._faults.tick()
         self._ended += self._told(self._stack.restart_dead())
-        if self._steps and self._faults.kill_close(*self._steps[0]):
-            self._steps.pop(0)
+        self._set_step()
         self._look_at_close()
         time.sleep(TICK_SECONDS)
+
+    def _set_step(self) -> None:
+        if self._steps and self._faults.kill_close(*self._steps[0]):
+            self._steps.pop(0)
 
     def _told(self, ended: Iterator[str]) -> list[str]:
         told = list(ended)
@@ -142,9 +149,10 @@ class Run:
 
     def _ask_to_close(self) -> None:
         period = self._book.period(self._closed)
-        choice = (self._wanted.seed + 5 * self._closed) % len(CLOSE_STEPS)
-        steps = [CLOSE_STEPS[choice], CLOSE_STEPS[(choice + 3) % len(CLOSE_STEPS)]]
-        self._steps = steps[: self._wanted.steps_of_a_close]
+        first = (self._wanted.seed + 4 * self._closed) % len(CLOSE_STEPS)
+        steps = sorted((first + 7 * each) % len(CLOSE_STEPS) for each in range(self._wanted.steps_of_a_close))
+        self._steps = [CLOSE_STEPS[each] for each in steps]
+        self._set_step()
         self._say(f"the close of {period} is asked for")
         self._speaker.ask_to_close(period)
         self._closing = period
@@ -162,7 +170,7 @@ class Run:
         for detail, closed in rows:
             if detail != self._detail:
                 self._detail = detail
-                self._say(f"the close: {detail or 'done'}")
+                self._say(f"the close: {detail[:100] or 'done'}")
             if closed:
                 self._say(f"{self._closing} is closed")
                 self._closing, self._closed = "", self._closed + 1
