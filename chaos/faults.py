@@ -225,9 +225,8 @@ class Faults:
 
         what = {"kill": "kill -9 of", "cut": "connection cut of", "pause": "SIGSTOP of", "kill soon": "soon kill -9 of"}
         trap = Trap(table, moment, spring, hold)
-        waiting = _Waiting(
-            f"{what[action]} {{}} {moment} its insert into {table}", kind, trap, time.monotonic() + seconds
-        )
+        shown = f"{what[action]} {{}} {moment} its insert into {table}"
+        waiting = _Waiting(shown, kind, role, trap, time.monotonic() + seconds)
         for worker in workers:
             worker.door.trap = trap
         if workers:
