@@ -22,9 +22,9 @@ from sinks.clickhouse import ClickHouse
 from streams.worker import SINK_ERRORS
 
 TICK_SECONDS = 0.05
-LINES_A_SECOND = 20
 #: In bursts: a batch costs a worker more than a record does.
 BURST_SECONDS = 2
+LINES_A_BURST = 40
 DRAIN_SECONDS = 400
 CLOSES_AT_MOST = 12
 _STEPS_OF_A_CLOSE = 2
@@ -84,8 +84,7 @@ class Run:
         self._speaker = Speaker(stack.settings)
         self._ledger = ClickHouse(stack.settings)
         self._lines: Iterator[dict[str, object] | Garbage] = self._book.stream()
-        self._sent = 0
-        self._began = 0.0
+        self._next_burst = 0.0
         self._closing = ""
         self._closed = 0
         self._detail = ""
@@ -97,7 +96,6 @@ class Run:
         """Breaks, mends, closes and judges; `until` (monotonic) ends the faults early."""
         for line in self._book.opening():
             self._speaker.say(line)
-        self._began = time.monotonic()
         self._break(until)
         self._say("no more faults; all is mended")
         self._faults.undo_all()
@@ -127,10 +125,10 @@ class Run:
             self._tick()
 
     def _tick(self) -> None:
-        due = int((time.monotonic() - self._began) / BURST_SECONDS) * BURST_SECONDS * LINES_A_SECOND
-        while self._sent < due:
-            self._speaker.say(next(self._lines))
-            self._sent += 1
+        if time.monotonic() > self._next_burst:
+            self._next_burst = time.monotonic() + BURST_SECONDS
+            for _ in range(LINES_A_BURST):
+                self._speaker.say(next(self._lines))
         self._faults.tick()
         self._ended += self._told(self._stack.restart_dead())
         self._set_step()
