@@ -38,7 +38,8 @@ CLOSE_STEPS = [
     for table in ("close_requests", "cuts", "document_rows", "documents", "periods")
     for moment in MOMENTS
 ]
-TRAP_SECONDS = 12
+TRAP_SECONDS = 15
+DIRECTED_SECONDS = 120
 #: After the insert, and before a planted bug's window closes (chaos/planted.py).
 SOON_SECONDS = 0.5
 
@@ -148,10 +149,12 @@ class Faults:
 
     def inject(self, fault: Fault) -> None:
         """Does a fault, or sets its trap."""
-        if fault.at is not None:
-            self._set(fault.kind, *fault.at)
-            return
         getattr(self, "_" + fault.kind.replace(" ", "_").replace("'s", ""))(fault)
+
+    def direct(self, fault: Fault) -> bool:
+        """Sets the trap of a fault that knows its place.  False when nobody is there now."""
+        assert fault.at is not None
+        return self._set(fault.kind, *fault.at, seconds=DIRECTED_SECONDS)
 
     def kill_close(self, table: str, moment: str) -> bool:
         """The worker of the close dies at this insert.  False when it is not there now."""

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,11 @@ class Run:
             self._tick_for(low + (high - low) * fault.dice)
             if not self._closing and fault.number * self._wanted.closes > self._closed * len(faults) + len(faults) / 2:
                 self._ask_to_close()
-            self._faults.inject(fault)
+            if fault.at is None:
+                self._faults.inject(fault)
+            else:
+                self._until(partial(self._faults.direct, fault), "a worker for a directed fault", str, self._tick)
+                self._until(lambda: not self._faults.waits, "a directed fault", str, self._tick)
         self._until(lambda: not self._faults.waits and not self._closing, "the close", lambda: self._detail, self._tick)
 
     def _tick_for(self, seconds: float) -> None:

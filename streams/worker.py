@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ import prometheus_client
 import structlog
 from clickhouse_connect.driver.exceptions import OperationalError
 from confluent_kafka import KafkaException
+from faust.assignor.partition_assignor import PartitionAssignor
 from faust.types import TP
 from urllib3.exceptions import HTTPError
 from yarl import URL
@@ -54,6 +56,23 @@ WAIT_SECONDS = 0.2
 RETRY_SECONDS = (0.1, 0.5, 1, 2, 5, 10)
 #: A worker that has had a batch in hand for longer than this is not healthy.
 STUCK_SECONDS = 300
+#: What a worker ends with that cannot hand out partitions; started again it can.
+UNSEEN_EXIT = 75
+
+
+class _Assignor(PartitionAssignor):  # type: ignore[misc]
+    """Hands all partitions out, or ends the worker.
+
+    Just after a broker has started again a client may not see all topics.  Faust would hand out what it
+    sees, so that nobody had the rest for as long as the group stays as it is.
+    """
+
+    @classmethod
+    def _get_copartitioned_groups(cls, topics: set[str], cluster: Any, subscriptions: Any) -> Any:
+        if missing := sorted(topic for topic in topics if not cluster.partitions_for_topic(topic)):
+            log.error("the broker does not show topics that were there: the worker ends", topics=missing)
+            os._exit(UNSEEN_EXIT)  # an error raised here would leave the consumer waiting for ever
+        return super()._get_copartitioned_groups(topics, cluster, subscriptions)
 
 
 class _App(faust.App):  # type: ignore[misc]  # faust is untyped
@@ -118,6 +137,7 @@ class Worker:
             store="memory://",
             key_serializer="raw",
             value_serializer="raw",
+            PartitionAssignor=_Assignor,
             topic_disable_leader=True,
             topic_allow_declare=False,
             broker_session_timeout=float(settings.session_timeout_seconds),

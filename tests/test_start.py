@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -18,6 +20,7 @@ from sinks.claims import Claims
 from sinks.ledger import USAGE_SCHEMA
 from streams.settings import Settings, SettingsError
 from streams.topics import USAGE, Broker
+from streams.worker import UNSEEN_EXIT
 from tribill.embedded.stack import EmbeddedStack
 
 
@@ -81,3 +84,12 @@ def test_settings_survive_a_file(tmp_path: Path) -> None:
     written.write(path)
     assert Settings.load(path, {}) == written
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_topics_that_the_broker_does_not_show_end_the_worker() -> None:
+    """Just after a broker's restart: partitions that are not handed out would be nobody's, silently."""
+    lines = ("from aiokafka.cluster import ClusterMetadata", "from streams.worker import _Assignor",
+             "_Assignor._get_copartitioned_groups({'period-events'}, ClusterMetadata(), {})")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", "; ".join(lines)], capture_output=True, text=True, check=False)
+    assert done.returncode == UNSEEN_EXIT
+    assert "period-events" in done.stdout + done.stderr
