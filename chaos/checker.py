@@ -301,6 +301,9 @@ class Checker:
             found[topic, partition, offset] += 1
         # A copy that came first and lies later in the log was told of when its better came.
         disputed = {position for position in found if position[0].startswith("usage")}
+        # "Redelivered it stays refused": whether that is told again is left open.
+        refused = {name for place, _ in whole.refused if (name := self._name(inputs[place]))}
+        disputed |= {each.position for each in inputs if self._name(each) in refused}
         surplus = [each for each in (found - expected) if each not in disputed]
         self.verdict.note("no dead letter of", (self._tell(each, records) for each in expected - found))
         self.verdict.note("a dead letter too many of", (self._tell(each, records) for each in surplus))
@@ -309,10 +312,28 @@ class Checker:
         self.verdict.note("not on the topic dead-letters", map(str, untold))
         self.verdict.checked["dead letters"] = expected.total()
 
+    def _name(self, record: Found) -> tuple[Any, ...] | None:
+        """Of a change, what its id is unique within, and the id."""
+        meant = self._meant(record)
+        if not isinstance(meant, dict) or record.topic.startswith("usage") or not isinstance(meant["value"], dict):
+            return None
+        value = meant["value"]
+        return record.topic, str(value.get("order_number", value.get("code"))), str(value.get("id"))
+
     def _tell(self, position: Position, records: list[Found]) -> str:
         [record] = [each for each in records if each.position == position]
         meant = self._meant(record)
-        return f"{position}: {json.dumps(meant)[:300] if isinstance(meant, dict) else repr(meant)[:100]}"
+        if not isinstance(meant, dict):
+            return f"{position}: {meant!r:.100}"
+        value = meant["value"] if isinstance(meant["value"], dict) else {}
+        rows = self._ledger.query(
+            "SELECT revision, broker_timestamp_ms, topic, partition, offset, accepted_partition, accepted_offset,"
+            " toString(item_id), quantity_micros, occurred_at FROM usage FINAL"
+            " WHERE id = {id:String} AND ods_code = {ods_code:String} ORDER BY broker_timestamp_ms",
+            {"id": str(value.get("id", "")), "ods_code": str(value.get("ods_code", ""))},
+        )
+        kept = "; ".join(str(row) for row in rows)
+        return f"{position} at {record.timestamp}: {json.dumps(meant)[:300]}; the ledger has {kept or 'nothing'}"
 
     # --- offsets ---
 
