@@ -146,6 +146,8 @@ class Worker:
             broker_request_timeout=max(40.0, settings.session_timeout_seconds + 10.0),
             broker_max_poll_records=settings.batch_records,
             consumer_max_fetch_size=8 * 1024 * 1024,
+            # A partition whose leader was not known, as just after a broker's restart, rests until this has passed.
+            consumer_metadata_max_age_ms=10_000,
             consumer_auto_offset_reset="earliest",
             stream_wait_empty=False,
             stream_buffer_maxsize=2,
