@@ -208,8 +208,11 @@ class Run:
         self._until(self._stack.web_answers, "the page", str, self._tick_quietly)
 
     def _until(self, done: Callable[[], bool], what: str, left: Callable[[], str], tick: Callable[[], None]) -> None:
-        deadline = time.monotonic() + DRAIN_SECONDS
+        deadline, said = time.monotonic() + DRAIN_SECONDS, left()
         while not done():
+            if left() != said:
+                # Slow is not stalled.
+                deadline, said = time.monotonic() + DRAIN_SECONDS, left()
             if time.monotonic() > deadline:
                 raise Stalled(f"{what} was not reached in {DRAIN_SECONDS} s, with nothing broken: {left()}")
             tick()
