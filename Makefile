@@ -2,8 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+KAFKA_JARS = $(or $(TRIBILL_KAFKA_JARS),$(or $(TMPDIR),/tmp)/tribill-kafka-4.1.0)
+CHAOS = TRIBILL_KAFKA_JARS=$(KAFKA_JARS) $(BIN)/python -m chaos $(if $(SEED),--seed $(SEED))
+PLANTS = claim-without-position commit-before-insert commit-before-totals delta-instead-of-total no-fencing
 
-.PHONY: help setup demo test lint lock bench bench-latency bench-growth bench-scaling bench-rating bench-close bench-recovery pictures clean
+.PHONY: help setup demo test lint lock bench bench-latency bench-growth bench-scaling bench-rating bench-close bench-recovery pictures chaos chaos-control clean
 
 help:
 	@echo "make demo   a month of GP IT services, live and closed (ARGS=\"--exit --out DIR\" passes options on)"
@@ -14,6 +17,8 @@ help:
 	@echo "make bench  the usage path against Faust, Quix Streams and Bytewax, in ten minutes at most"
 	@echo "make bench-latency bench-growth bench-scaling bench-rating bench-close bench-recovery  what else is measured (docs/performance.md)"
 	@echo "make pictures  renew the pictures of documents in docs/"
+	@echo "make chaos  break an installation on Apache Kafka and check every penny (SEED=n MINUTES=60 BROKERS=3 FAULTS=n)"
+	@echo "make chaos-control  plant known bugs: the same check must catch each (PLANTS=name)"
 
 setup: .venv/installed
 
@@ -51,6 +56,16 @@ bench-latency bench-growth bench-scaling bench-rating bench-close bench-recovery
 
 pictures: setup
 	@$(BIN)/python docs/pictures.py
+
+$(KAFKA_JARS):
+	@mvn -q -B -f tests/kafka/pom.xml dependency:copy-dependencies -DoutputDirectory=$@ || true
+
+chaos: setup $(KAFKA_JARS)
+	@$(CHAOS) $(if $(FAULTS),--faults $(FAULTS)) $(if $(MINUTES),--minutes $(MINUTES)) \
+		$(if $(BROKERS),--brokers $(BROKERS)) $(ARGS)
+
+chaos-control: setup $(KAFKA_JARS)
+	@for plant in $(PLANTS); do $(CHAOS) --plant $$plant $(ARGS) || exit; done
 
 clean:
 	rm -rf .venv .venv-bench build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

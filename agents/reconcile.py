@@ -121,7 +121,7 @@ class Reconcile(Agent):
 
     def _compare(self, partition: int) -> Drift | None:
         """None when nothing has been counted yet; where nothing has changed since all agreed, what was found then."""
-        counted = self._accruals.counted(partition, self._generation)
+        counted = self._accruals.newest(partition, self._generation)
         if counted is None:
             return None
         like = (*counted, *self._accruals.state_of(partition))

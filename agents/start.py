@@ -141,7 +141,7 @@ def _was_done(role: str, place: Place, offset: int, broker: Broker, context: Con
     topic, partition = place
     ledger, generation = context.ledger, context.settings.log_generation
     if role == "charges":
-        counted = Accruals(context.clickhouse).counted(partition, generation)
+        counted = Accruals(context.clickhouse).newest(partition, generation)
         return counted is not None and counted[0] >= offset
     if role not in ("usage", "contracts", "reference", "period-close"):
         return True

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from rating.book import LineKey
 from sinks.clickhouse import ClickHouse
-from sinks.positions import Positions
+from sinks.positions import Positions, version
 
 #: Enough digits for any sum of money here, with 18 places.
 _EXACT = Context(prec=100)
@@ -149,9 +149,13 @@ class Accruals:
 
     def positions(self, partition: int, generation: int, offset: int | None = None) -> dict[str, int]:
         """What the accruals of a partition counted at an offset (None: now); nothing before the first."""
+        return self.counted(partition, generation, offset)[1]
+
+    def counted(self, partition: int, generation: int, offset: int | None = None) -> tuple[int, dict[str, int]]:
+        """Up to which version the rows of a partition are complete at an offset (None: now), and what they count."""
         rows = self._clickhouse.query(
             """
-            SELECT positions FROM accrual_positions
+            SELECT offset, positions FROM accrual_positions
             WHERE charge_partition = {partition:Int32} AND generation = {generation:UInt32}
               AND offset <= {offset:Int64}
             ORDER BY offset DESC LIMIT 1
@@ -162,9 +166,9 @@ class Accruals:
                 "offset": 2**62 if offset is None else offset,
             },
         )
-        return dict(rows[0][0]) if rows else {}
+        return (version(generation, rows[0][0]), dict(rows[0][1])) if rows else (version(generation, 0), {})
 
-    def counted(self, partition: int, generation: int) -> tuple[int, int] | None:
+    def newest(self, partition: int, generation: int) -> tuple[int, int] | None:
         """The newest offset at which a partition said what it counts, and its horizon; None before the first."""
         rows = self._clickhouse.query(
             """
@@ -186,9 +190,9 @@ class Accruals:
             """,
             {"orders": list(orders), "partition": partition},
         )
-        for order, item, ods, month, version, exact, quantity, days, pence in rows:
+        for order, item, ods, month, at, exact, quantity, days, pence in rows:
             by_day = tuple(zip(days, pence, strict=True))
-            yield KeptAccrual((order, item, ods), month, version, Fraction(exact), int(quantity), by_day)
+            yield KeptAccrual((order, item, ods), month, at, Fraction(exact), int(quantity), by_day)
 
     def state_of(self, partition: int) -> tuple[int, ...]:
         """What changes whenever a row of a partition does."""
@@ -230,15 +234,20 @@ class Accruals:
 
     def exact_up_to(self, month: int) -> dict[tuple[LineKey, int], Fraction]:
         """The exact pence of every line's month up to one, zeros left out."""
+        return {key: exact for key, (exact, _) in self.exact_and_version(month).items() if exact}
+
+    def exact_and_version(self, month: int) -> dict[tuple[LineKey, int], tuple[Fraction, int]]:
+        """The exact pence of every line's month up to one, with the version of the row."""
         rows = self._clickhouse.query(
             """
-            SELECT order_number, toString(item_id), ods_code, month, argMax(exact_pence, version) AS exact
+            SELECT order_number, toString(item_id), ods_code, month,
+                   argMax(exact_pence, accruals.version), max(accruals.version)
             FROM accruals WHERE month <= {month:Int32}
-            GROUP BY order_number, item_id, ods_code, month HAVING exact != '0'
+            GROUP BY order_number, item_id, ods_code, month
             """,
             {"month": month},
         )
-        return {((order, item, ods), each): Fraction(exact) for order, item, ods, each, exact in rows}
+        return {((order, item, ods), each): (Fraction(exact), at) for order, item, ods, each, exact, at in rows}
 
     def wanted(self) -> list[tuple[LineKey, int, int, list[str], list[str]]]:
         """What every line's month would draw: (line, month, version, parties, exact pence as text)."""

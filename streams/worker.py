@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ import structlog
 from aiokafka.errors import IllegalStateError
 from clickhouse_connect.driver.exceptions import OperationalError
 from confluent_kafka import KafkaException
+from faust.assignor.partition_assignor import PartitionAssignor
 from faust.types import TP
 from urllib3.exceptions import HTTPError
 from yarl import URL
@@ -58,6 +60,23 @@ RETRY_SECONDS = (0.1, 0.5, 1, 2, 5, 10)
 #: partition which has records to do and has not moved for so long.
 STUCK_SECONDS = 300
 LOOK_SECONDS = 5.0
+#: What a worker ends with that cannot hand out partitions; started again it can.
+UNSEEN_EXIT = 75
+
+
+class _Assignor(PartitionAssignor):  # type: ignore[misc]
+    """Hands all partitions out, or ends the worker.
+
+    Just after a broker has started again a client may not see all topics.  Faust would hand out what it
+    sees, so that nobody had the rest for as long as the group stays as it is.
+    """
+
+    @classmethod
+    def _get_copartitioned_groups(cls, topics: set[str], cluster: Any, subscriptions: Any) -> Any:
+        if missing := sorted(topic for topic in topics if not cluster.partitions_for_topic(topic)):
+            log.error("the broker does not show topics that were there: the worker ends", topics=missing)
+            os._exit(UNSEEN_EXIT)  # an error raised here would leave the consumer waiting for ever
+        return super()._get_copartitioned_groups(topics, cluster, subscriptions)
 
 
 class _App(faust.App):  # type: ignore[misc]  # faust is untyped
@@ -123,6 +142,7 @@ class Worker:
             store="memory://",
             key_serializer="raw",
             value_serializer="raw",
+            PartitionAssignor=_Assignor,
             topic_disable_leader=True,
             topic_allow_declare=False,
             broker_session_timeout=float(settings.session_timeout_seconds),
@@ -131,6 +151,8 @@ class Worker:
             broker_request_timeout=max(40.0, settings.session_timeout_seconds + 10.0),
             broker_max_poll_records=settings.batch_records,
             consumer_max_fetch_size=8 * 1024 * 1024,
+            # A partition whose leader was not known, as just after a broker's restart, rests until this has passed.
+            consumer_metadata_max_age_ms=10_000,
             consumer_auto_offset_reset="earliest",
             stream_wait_empty=False,
             stream_buffer_maxsize=2,

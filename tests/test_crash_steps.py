@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from typing import Any
+from unittest import mock
 
 import pytest
 import redis as redis_client
@@ -28,6 +29,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from rating.calendar import month_text, parse_month
+from sinks.accruals import Accruals
 from sinks.claims import ClaimsUnavailable
 from streams.batch import Batch
 from streams.topics import CHARGE_INPUTS, PERIOD_EVENTS, partition_for
@@ -434,6 +436,26 @@ def test_late_funding_of_a_zombie(new_world: NewWorld) -> None:
     zombie._context.outbox.release()
     world.drain(AT_WORK)
     world.check_state()
+
+
+def test_charges_go_on_during_a_close(new_world: NewWorld) -> None:
+    """What is accrued between the close's two looks is no drift."""
+    world = new_world(HORIZON, SUPPLIERS)
+    read, late = Accruals.exact_and_version, [used("late", "2026-04-20", "500")]
+
+    def after_more(self: Accruals, month: int) -> Any:
+        while late:
+            world.say(late.pop())
+            world.drain([role for role in AGENTS if role != "period-close"])
+        return read(self, month)
+
+    with mock.patch.object(Accruals, "exact_and_version", after_more):
+        for _ in play(world, BOOK):
+            break
+    assert not late
+    world.check_closes(EXPECTED.closes[:1])
+    world.check_state()
+    world.drop()
 
 
 @pytest.mark.parametrize("first", [1, 2, 3])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -39,6 +41,7 @@ from streams.topics import (
     Broker,
     client_settings,
 )
+from streams.worker import UNSEEN_EXIT
 from tests.kafka.broker import JARS, kafka
 from tribill.embedded.stack import EmbeddedStack
 from tribill.roles import ROLES
@@ -279,3 +282,12 @@ def test_settings_survive_a_file(tmp_path: Path) -> None:
     written.write(path)
     assert Settings.load(path, {}) == written
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_topics_that_the_broker_does_not_show_end_the_worker() -> None:
+    """Just after a broker's restart: partitions that are not handed out would be nobody's, silently."""
+    lines = ("from aiokafka.cluster import ClusterMetadata", "from streams.worker import _Assignor",
+             "_Assignor._get_copartitioned_groups({'period-events'}, ClusterMetadata(), {})")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", "; ".join(lines)], capture_output=True, text=True, check=False)
+    assert done.returncode == UNSEEN_EXIT
+    assert "period-events" in done.stdout + done.stderr
