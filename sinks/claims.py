@@ -23,28 +23,31 @@ from streams.settings import Settings, SettingsError
 
 log = structlog.get_logger(__name__)
 
-#: An event may lie a day after its arrival, so a first copy may have come a day before it.
-_AHEAD = timedelta(days=1)
+#: An event may lie a day after its arrival, so a first copy may have come a day before it; and an hour
+#: that the clocks of broker and Redis may differ by.
+_AHEAD = timedelta(days=1, hours=1)
 _CHUNK = 2_000
 
-#: KEYS: the generation key.  ARGV: now, seconds to keep, then identity and claim by turns.
-#: Returns since when the store has every claim, whether that is news, and which of the identities
-#: were claimed before.  A restarted server has another run id: it may have come back without its
-#: last claims.
+#: KEYS: the generation key.  ARGV: seconds to keep, then identity and claim by turns.
+#: Returns since when the store has every claim, whether that is news, what time it is, and which of
+#: the identities were claimed before.  A restarted server has another run id: it may have come back
+#: without its last claims.  All times are Redis' own, by which it also lets claims expire: a worker's
+#: clock may be wrong.
 _CLAIM = """
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
+local now = redis.call('TIME')[1]
 local since = redis.call('HGET', KEYS[1], run)
 local emptied = 0
 if not since then
   redis.call('DEL', KEYS[1])
-  redis.call('HSET', KEYS[1], run, ARGV[1])
-  since = ARGV[1]
+  redis.call('HSET', KEYS[1], run, now)
+  since = now
   emptied = 1
 end
-local found = {since, emptied}
-for i = 3, #ARGV, 2 do
-  if not redis.call('SET', ARGV[i], ARGV[i + 1], 'NX', 'EX', ARGV[2]) then
-    found[#found + 1] = (i - 3) / 2
+local found = {since, emptied, now}
+for i = 2, #ARGV, 2 do
+  if not redis.call('SET', ARGV[i], ARGV[i + 1], 'NX', 'EX', ARGV[1]) then
+    found[#found + 1] = (i - 2) / 2
   end
 end
 return found
@@ -94,26 +97,27 @@ class Claims:
             if emptied == [True] + [False] * (len(found) - 1) and self._ledger_is_empty():
                 # Nothing was ever claimed before: a new installation, not an emptied store.
                 self._redis.hset(_GENERATION_KEY, self._redis.info("server")["run_id"], "0")
-                since = 0.0
+                since = 0
             else:
-                since = max((float(each[0]) for each in found), default=0.0)
+                since = max((int(each[0]) for each in found), default=0)
         except RedisError as error:
             raise ClaimsUnavailable(f"Redis: {error}") from error
-        standing = [chunk * _CHUNK + place for chunk, each in enumerate(found) for place in each[2:]]
+        standing = [chunk * _CHUNK + place for chunk, each in enumerate(found) for place in each[3:]]
         unclaimed = pl.repeat(True, len(arguments), eager=True).scatter(standing, False)
         if self._never_certain:
             return unclaimed, datetime.max.replace(tzinfo=UTC)
-        certain_after = max(datetime.fromtimestamp(since, UTC) + _AHEAD, datetime.now(UTC) - self._window + _AHEAD)
-        return unclaimed, certain_after
+        now = min((int(each[2]) for each in found), default=0)
+        certain_after = max(datetime.fromtimestamp(since, UTC), datetime.fromtimestamp(now, UTC) - self._window)
+        return unclaimed, certain_after + _AHEAD
 
     def _evaluate(self, chunks: Sequence[pl.Series]) -> list[Any]:
         """The script's answers.  All is sent before the first is read, so that Redis has work meanwhile."""
         connection: Any = self._redis.connection_pool.get_connection()
         try:
             for words in chunks:
-                now, keep = str(int(time.time())), str(self._keep_seconds)
-                head = _words(pl.Series(["EVAL", "1", now]), pl.Series([_CLAIM, _GENERATION_KEY, keep]))
-                command = f"*{6 + 2 * len(words)}\r\n" + "".join([*head, *words])
+                keep = str(self._keep_seconds)
+                head = _words(pl.Series(["EVAL", "1"]), pl.Series([_CLAIM, _GENERATION_KEY]))
+                command = f"*{5 + 2 * len(words)}\r\n" + "".join([*head, f"${len(keep)}\r\n{keep}\r\n", *words])
                 connection.send_packed_command([command.encode()])
             return [connection.read_response() for _ in chunks]
         except BaseException:
