@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
+from agents.collector import collector_paused
 from agents.context import Context
 from rating.amounts import Exact, pence
 from rating.book import Book, Line, LineKey, Order, Reference, Service
@@ -128,7 +129,8 @@ class Charges(Agent):
             for record in batch.records:
                 self._apply(record, state, batch.partition)
             state.offset = batch.end_offset
-            self._flush(state, batch.partition)
+            with collector_paused():
+                self._flush(state, batch.partition)
             self._states[batch.partition] = state
         metrics.RECORDS.labels(self.role, "accepted").inc(len(batch.records))
 
@@ -268,8 +270,8 @@ class Charges(Agent):
         if charge is None and month not in written:
             return
         row = accrual_row(line, month, charge or MonthCharge(), book)
-        parties = frozenset(party for party, _ in row.wanted)
-        if month in written and written[month] == (hash(row), parties):
+        parties, digest = frozenset(party for party, _ in row.wanted), hash(row)
+        if month in written and written[month] == (digest, parties):
             return
         gone = written[month][1] - parties if month in written else frozenset()
         if gone:
@@ -279,7 +281,7 @@ class Charges(Agent):
         else:
             rows.append(row)
         known = version(self._generation, state.offset) >= state.known_from
-        written[month] = (hash(row) if known else None, parties)
+        written[month] = (digest if known else None, parties)
 
     # --- step 4: what follows ---
 

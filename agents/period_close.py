@@ -19,10 +19,8 @@ The order of steps for a close, each of which can be repeated with the same resu
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from fractions import Fraction
@@ -30,6 +28,7 @@ from typing import Any, ClassVar
 
 import structlog
 
+from agents.collector import collector_paused
 from agents.context import Context
 from agents.explaining import Changes, Explaining
 from rating.amounts import micros, micros_text, pence
@@ -380,16 +379,6 @@ class PeriodClose(Agent):
             for line, months in rate_lines(book, period)
             for month, split in months.items()
         }
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """A derivation makes millions of objects and no cycles; the collector would look at all of them many times."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def _notice(book: Book) -> str:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from agents.charges import State, accrual_row, touched
-from agents.period_close import collector_paused
+from agents.collector import collector_paused
 from rating import records as said
 from rating.book import Book, Line, Order, Reference
 from rating.calendar import FOREVER, first_day, last_day, month_text, parse_month
@@ -268,7 +268,7 @@ def main() -> None:
     del derived
 
     changes = list(world.publish(last))
-    with timed() as rerated:
+    with timed() as rerated, collector_paused():
         for change in changes:
             book.reference.say(change)
         rows = published(book, changes, last + 1)
