@@ -295,7 +295,7 @@ def extent(key: ChargeKey, pence: int, book: Book) -> Extent:
     line = order.lines.get((key.item_id, key.ods_code)) if order else None
     if line is not None and pence > 0:
         found = _one_off(line, book) if line.is_one_off else _of_month(line, key.month, book)
-        if found and abs(round_half_away(found.quantity_micros * found.price_micros, PENNY) - pence) <= 1:
+        if found and abs(found.quantity_micros * found.price_micros - pence * PENNY) <= PENNY:
             return found
     sign = -1 if pence < 0 else 1
     unit = "service" if line is None or not line.placed.price.is_time else "month"

@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peppol import check_rules, validate_xsd
 
-from rating.amounts import GRAINS, pounds_text
+from rating.amounts import GRAINS, PENNY, pounds_text, round_half_away
 from rating.book import Book, Order, Reference
-from rating.calendar import parse_month
+from rating.calendar import first_day, parse_month
 from rating.close import ChargeKey
 from rating.documents import STATEMENT, Document, documents
 from rating.parties import Parties, gln_holds, invented, read_party_row, vat_number_holds
@@ -59,7 +59,8 @@ def parties(*rows: dict[str, Any]) -> Parties:
 
 
 WHOLE = [party("10030"), party("NHSE"), agreement("10030", "NHSE")]
-LINE = ordered("10030-S-001", "A83005", price("on_demand", ("1", "0.017")), [{"payer": "NHSE", "take": "rest"}])
+NHSE = [{"payer": "NHSE", "take": "rest"}]
+LINE = ordered("10030-S-001", "A83005", price("on_demand", ("1", "0.017")), NHSE)
 BOOK = Book(
     [
         Order.fold(number, [read_contract_change(contract(number, "c1", OrderPlaced=order)["value"])])
@@ -124,6 +125,30 @@ def test_ubl_passes_schema_and_rules(body: dict[str, Any]) -> None:
     assert Decimal(payable) == sign * Decimal(body["gross"])
     assert text.count("<cbc:Note>") - len([line for line in body["lines"] if line.get("cause")]) == 2
     assert STATEMENT in text
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(st.integers(1, 10**9), st.integers(1, 10**8), st.integers(-2, 2))
+def test_quantity_times_price_is_the_net(quantity: int, price_micros: int, more: int) -> None:
+    """To a penny, which cumulative rounding may move; where it is further off, once the net."""
+    each = price("on_demand", ("1", f"{Decimal(price_micros).scaleb(-6):f}"))
+    order = placed("C010001-01", "QHM", "10030", ordered("10030-S-001", "A00000", each, NHSE))
+    live = {"item_id": "10030-S-001", "ods_code": "A00000", "milestone": "M1", "date": "2026-04-01"}
+    said = [{"OrderPlaced": order}, {"MilestoneReached": live}]
+    changes = [contract("C010001", f"c{number}", **change)["value"] for number, change in enumerate(said)]
+    used = {("10030-S-001", "A00000"): {first_day(APRIL) + 3: quantity}}
+    book = Book([Order.fold("C010001", map(read_contract_change, changes))], Reference(), used)
+    pence = max(1, round_half_away(quantity * price_micros, PENNY) + more)
+    rates = {key(): 200_000}
+    [document] = documents({key(): pence}, APRIL, book, {}, rates, parties(*WHOLE), ISSUED)
+    body = document.as_json()
+    [line] = body["lines"]
+    assert abs(Decimal(line["quantity"]) * Decimal(line["unit_price"]) - Decimal(line["net"])) <= Decimal("0.01")
+    if more == 0 and quantity * price_micros >= PENNY:
+        assert Decimal(line["quantity"]) == Decimal(quantity).scaleb(-6)
+    found = ubl(body)
+    assert validate_xsd(found) == (True, [])
+    assert [str(each) for each in check_rules(found)] == []
 
 
 @pytest.fixture(scope="module")
