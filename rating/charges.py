@@ -48,9 +48,12 @@ class MonthCharge:
 
     def total(self) -> Exact:
         """The charge of the whole month."""
+        if len(self.time) == 1 and not self.days:
+            [(start, until, each)] = self.time
+            return each * (until - start)
         charges = [each * (until - start) for start, until, each in self.time]
         charges += self.days.values()
-        return charges[0] if len(charges) == 1 else sum(charges)
+        return sum(charges)
 
 
 #: A line with its live days `[first, end)`, of all time or within a month.
@@ -188,7 +191,7 @@ def _add_flat_charges(live: Iterable[Live], book: Book, month: int, charges: Cha
             if quantity and price.is_time and price.tiers[0].price_micros
         ]
         if time:
-            _of(charges, line).time = time
+            charges[line.ods_code] = MonthCharge(time)
 
 
 def _add_tiered_charges(live: Iterable[Live], book: Book, month: int, charges: Charges) -> None:
