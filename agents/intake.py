@@ -45,6 +45,7 @@ BLOCK_ROWS = 20_000
 #: Far above any real one; what is longer would multiply with every reading of a batch.
 CODE_MAX_CHARACTERS = 256
 ID_MAX_CHARACTERS = 4_096
+LETTERS_AT_ONCE = 5_000
 
 #: A reading let through: its columns and its index in a UsageBatch.
 Reading = tuple[str, int, str, str, str, int, datetime, int]
@@ -71,10 +72,15 @@ class Intake(Agent):
         for (partition,), part in rows.partition_by("for_partition", as_dict=True, include_key=False).items():
             for block in part.iter_slices(BLOCK_ROWS):
                 self._send(partition, block)
-        self._context.dead_letters.write(letters)
+        self._write(letters)
         self._context.outbox.flush()
         metrics.RECORDS.labels(self.role, "accepted").inc(rows.height)
+
+    def _write(self, letters: list[DeadLetter]) -> None:
+        """Writes refusals and forgets them; the same are written when the batch is read again."""
+        self._context.dead_letters.write(letters)
         metrics.USAGE.labels("refused").inc(len(letters))
+        letters.clear()
 
     # --- step 1: by columns what is plainly right, by itself what is not ---
 
@@ -135,6 +141,9 @@ class Intake(Agent):
         def refuse(reason: str, field: str = "", index: int = 0, value: bytes | None = record.value) -> None:
             place = (batch.topic, batch.partition, record.offset)
             letters.append(DeadLetter(*place, reason, field, index, record.key, value, record.timestamp))
+            if len(letters) >= LETTERS_AT_ONCE:
+                # One record may hold a million readings, each with something wrong.
+                self._write(letters)
 
         arrival = instant(record.timestamp)
         if self._floor is not None:
@@ -151,6 +160,12 @@ class Intake(Agent):
         value = decoded.value
         readings = [value] if decoded.name == "Usage" else value["usages"]
         supplier, practice = value["supplier_id"], value["ods_code"]
+        if decoded.name == "UsageBatch":
+            for field in ("supplier_id", "ods_code"):
+                if len(value[field]) > CODE_MAX_CHARACTERS:
+                    # Once for the record: its readings would repeat the code as often.
+                    refuse(f"is {value[field][:40]!r}...; a code has 1 to {CODE_MAX_CHARACTERS} characters", field)
+                    return
         for index, reading in enumerate(readings):
             try:
                 quantity = check(reading, supplier, practice, speaker, arrival)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, ClassVar
 
 import polars as pl
@@ -61,12 +62,19 @@ _REMEMBERED_TOTALS = 1_000_000
 
 @dataclass(slots=True)
 class _Totals:
-    """The day totals of some of a partition's practices, as of an offset: micros by service and day."""
+    """The day totals of some months of a partition's practices, as of an offset: micros by service and day."""
 
     offset: int
-    practices: set[str] = field(default_factory=set)
+    #: Of which practices and months they are all there.
+    known: set[tuple[str, int]] = field(default_factory=set)
     micros: dict[tuple[str, str], dict[int, int]] = field(default_factory=dict)
     size: int = 0
+
+    def set(self, ods_code: str, item_id: str, day: int, quantity_micros: int) -> None:
+        """Remembers a total as the ledger has it."""
+        days = self.micros.setdefault((ods_code, item_id), {})
+        self.size += day not in days
+        days[day] = quantity_micros
 
     def add(self, changes: pl.DataFrame) -> pl.DataFrame:
         """Adds a batch's changes by day and returns the new totals in their place."""
@@ -130,7 +138,7 @@ class Usage(Agent):
             asked = pl.DataFrame([(*key, 0) for key in again], schema=changes.schema, orient="row")
             changes = pl.concat([changes, asked]).group_by(_DAY_KEY).agg(pl.col("quantity_micros").sum())
         self._context.ledger.insert_usage(outcome.insert.to_arrow())
-        self._load(totals, set(changes["ods_code"].unique()), batch.first_offset)
+        self._load(totals, changes, batch.first_offset)
         self._publish(batch, totals.add(changes))
         self._context.dead_letters.write(outcome.letters)
         self._context.outbox.flush()
@@ -253,14 +261,17 @@ class Usage(Agent):
 
     # --- step 4: totals ---
 
-    def _load(self, totals: _Totals, practices: set[str], offset: int) -> None:
-        missing = practices - totals.practices
+    def _load(self, totals: _Totals, changes: pl.DataFrame, offset: int) -> None:
+        """Reads what the ledger has of the practices' months that change, as far as it is not remembered."""
+        date = (pl.col("day") - _EPOCH_ORDINAL).cast(pl.Date)
+        month = date.dt.year().cast(pl.Int64) * 12 + date.dt.month() - 1
+        missing = set(changes.select("ods_code", month).unique().rows()) - totals.known
         if missing:
-            found = self._context.ledger.totals_of_practices(sorted(missing), self._generation, offset)
+            practices, months = sorted({each[0] for each in missing}), sorted({each[1] for each in missing})
+            found = self._context.ledger.totals_of_practices(practices, months, self._generation, offset)
             for (ods_code, item_id, day), quantity in found.items():
-                totals.micros.setdefault((ods_code, item_id), {})[day] = quantity
-            totals.size += len(found)
-            totals.practices |= missing
+                totals.set(ods_code, item_id, day, quantity)
+            totals.known.update(product(practices, months))
 
     def _publish(self, batch: Batch, totals: pl.DataFrame) -> None:
         partitions = self._context.settings.partitions

@@ -38,6 +38,7 @@ SAID_MAX = 4
 IDS_MAX = 3
 
 #: A close must not fail for want of a word: this is said where a version of tribill rates otherwise than the last.
+UNEXPLAINED = "what is known has changed; the contract changes and the evidence say how"
 NOTHING_CHANGED = "nothing that is known has changed: it is rated otherwise than at the previous close"
 
 Value = TypeVar("Value")
@@ -79,7 +80,11 @@ class Causes:
         """The cause of an adjustment."""
         line = key[:3]
         if (line, key.month) not in self._known:
-            self._known[line, key.month] = self._find(line, key.month)
+            try:
+                cause = self._find(line, key.month)
+            except Exception:  # a close must not fail for want of a word, whatever dates were said
+                cause = Cause(UNEXPLAINED)
+            self._known[line, key.month] = cause
         return self._known[line, key.month]
 
     def _find(self, key: LineKey, month: int) -> Cause:
@@ -436,11 +441,15 @@ def _days(days: Sequence[int], month: int) -> str:
 
 
 def _recorded(instant: str, month: int) -> str:
-    return _day(datetime.fromisoformat(instant).astimezone(LONDON).toordinal(), month)
+    try:
+        at = datetime.fromisoformat(instant).astimezone(LONDON)
+    except OverflowError:  # the first or last instant that there is, as some systems write "unknown"
+        at = datetime.fromisoformat(instant)
+    return _day(at.toordinal(), month)
 
 
 def _moved(name: str, was: int | None, is_now: int | None, month: int) -> str:
-    if was is None or was == FOREVER:
+    if was is None or (was == FOREVER and is_now is not None):
         return f"{name} on {_day(is_now, month)}"
     if is_now is None or is_now == FOREVER:
         return f"{name} on {_day(was, month)} withdrawn"

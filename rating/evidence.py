@@ -366,6 +366,8 @@ def _read_reference(fields: Fields) -> Reference:
     for item_id in acceptances.value:
         requirements = _mapping(acceptances, item_id)
         for requirement in requirements.value:
+            # One that is named and covers nothing is asked for all the same.
+            bodies.append((item_id, ServiceAccepted(item_id, requirement, 1, 1)))
             for span in requirements.require(requirement):
                 if not isinstance(span, list) or len(span) != 2:
                     raise Refused(requirements.at(requirement), "is a list of [from, to]")

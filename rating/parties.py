@@ -56,7 +56,7 @@ class Party:
             "vat_number": self.vat_number,
             "endpoint": endpoint,
         }
-        return {name: value for name, value in shown.items() if value}
+        return {name: value for name, value in shown.items() if value or name == "code"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,7 +135,9 @@ class Papers:
         """By order, item and month: how much was used, what it cost, who paid."""
         payers: dict[tuple[str, str, str, int], dict[str, int]] = defaultdict(dict)
         for key, amount in rows.items():
-            payers[key.order_number, key.item_id, key.ods_code, key.month][key.payer] = amount
+            # A line placed anew by another supplier has rows of both.
+            paid_by = payers[key.order_number, key.item_id, key.ods_code, key.month]
+            paid_by[key.payer] = paid_by.get(key.payer, 0) + amount
         return [
             {
                 "order_number": order_number,

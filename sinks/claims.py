@@ -44,13 +44,22 @@ if not since then
   since = now
   emptied = 1
 end
-local found = {since, emptied, now}
+local found = {since, emptied, now, run}
 for i = 2, #ARGV, 2 do
   if not redis.call('SET', ARGV[i], ARGV[i + 1], 'NX', 'EX', ARGV[1]) then
     found[#found + 1] = (i - 2) / 2
   end
 end
 return found
+"""
+#: The same life of the store, in which claims began at the same instant: it has had all from the beginning.
+_COMPLETE = """
+local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
+if run == ARGV[1] and redis.call('HGET', KEYS[1], run) == ARGV[2] then
+  redis.call('HSET', KEYS[1], run, '0')
+  return 1
+end
+return 0
 """
 _GENERATION_KEY = "tribill:claims"
 
@@ -96,19 +105,22 @@ class Claims:
             emptied = [bool(each[1]) for each in found]
             if emptied == [True] + [False] * (len(found) - 1) and self._ledger_is_empty():
                 # Nothing was ever claimed before: a new installation, not an emptied store.
-                self._redis.hset(_GENERATION_KEY, self._redis.info("server")["run_id"], "0")
-                since = 0
+                since = 0 if self._is_complete(found[0]) else int(found[0][0])
             else:
                 since = max((int(each[0]) for each in found), default=0)
         except RedisError as error:
             raise ClaimsUnavailable(f"Redis: {error}") from error
-        standing = [chunk * _CHUNK + place for chunk, each in enumerate(found) for place in each[3:]]
+        standing = [chunk * _CHUNK + place for chunk, each in enumerate(found) for place in each[4:]]
         unclaimed = pl.repeat(True, len(arguments), eager=True).scatter(standing, False)
         if self._never_certain:
             return unclaimed, datetime.max.replace(tzinfo=UTC)
         now = min((int(each[2]) for each in found), default=0)
         certain_after = max(datetime.fromtimestamp(since, UTC), datetime.fromtimestamp(now, UTC) - self._window)
         return unclaimed, certain_after + _AHEAD
+
+    def _is_complete(self, answer: Sequence[Any]) -> bool:
+        """Notes that the store has had every claim from the beginning, if it has not lost them since."""
+        return bool(self._redis.eval(_COMPLETE, 1, _GENERATION_KEY, answer[3], answer[0]))
 
     def _evaluate(self, chunks: Sequence[pl.Series]) -> list[Any]:
         """The script's answers.  All is sent before the first is read, so that Redis has work meanwhile."""

@@ -84,6 +84,8 @@ SELECT ods_code, item_id, day, count(),
            concat(toString(latest), ' ', toString(quantity_micros), ' ', id, '\\n')))))))
 FROM ({readings}) GROUP BY ods_code, item_id, day
 """
+#: Behind it: of some months alone, each counted as elsewhere here (year x 12 + month - 1).
+_OF_MONTHS = " HAVING toYear(toDate32(day)) * 12 + toMonth(toDate32(day)) - 1 IN {months:Array(Int32)}"
 #: `toInt32` of a date counts from 1970-01-01; ordinals count from 0001-01-01.
 _EPOCH_ORDINAL = 719163
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -163,17 +165,21 @@ class Ledger:
         )
 
     def totals_of_practices(
-        self, practices: Sequence[str], generation: int, accepted_before: int
+        self, practices: Sequence[str], months: Sequence[int], generation: int, accepted_before: int
     ) -> dict[tuple[str, str, int], int]:
-        """Day totals in micros by (practice, item, day), of what was accepted before an offset."""
+        """Day totals of some months in micros by (practice, item, day), of what was accepted before an offset."""
         condition = """ods_code IN {practices:Array(String)}
             AND (generation < {generation:UInt32}
                  OR generation = {generation:UInt32} AND accepted_offset < {before:Int64})"""
         totals = {}
         for chunk in chunks((each,) for each in practices):
-            names = [each for (each,) in chunk]
-            parameters = {"practices": names, "generation": generation, "before": accepted_before}
-            for ods_code, item_id, day, quantity in self._totals(condition, parameters):
+            parameters = {
+                "practices": [each for (each,) in chunk],
+                "months": list(months),
+                "generation": generation,
+                "before": accepted_before,
+            }
+            for ods_code, item_id, day, quantity in self._totals(condition, parameters, _OF_MONTHS):
                 totals[ods_code, item_id, day] = quantity
         return totals
 
@@ -270,8 +276,10 @@ class Ledger:
         )
         return not rows
 
-    def _totals(self, condition: str, parameters: dict[str, Any]) -> Iterable[tuple[str, str, int, int]]:
-        statement = _STANDING_TOTALS.format(condition=condition)
+    def _totals(
+        self, condition: str, parameters: dict[str, Any], having: str = ""
+    ) -> Iterable[tuple[str, str, int, int]]:
+        statement = _STANDING_TOTALS.format(condition=condition) + having
         for ods_code, item_id, day, quantity, _ in self._clickhouse.query(statement, parameters):
             yield ods_code, item_id, day + _EPOCH_ORDINAL, quantity
 

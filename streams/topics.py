@@ -9,7 +9,6 @@ from functools import lru_cache
 from aiokafka.partitioner import murmur2
 from confluent_kafka import (
     Consumer,
-    ConsumerGroupTopicPartitions,
     KafkaError,
     KafkaException,
     TopicCollection,
@@ -110,6 +109,7 @@ class Broker:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._admin = AdminClient(client_settings(settings) | {"log_level": "0"})
+        self._groups: dict[str, Consumer] = {}
 
     def create_topics(self) -> list[str]:
         """Creates the topics that are missing; returns their names."""
@@ -240,9 +240,15 @@ class Broker:
         return {place: offset for place, offset in self._committed(group, places).items() if offset >= 0}
 
     def _committed(self, group: str, places: Iterable[Place]) -> dict[Place, int]:
-        asked = [TopicPartition(*place) for place in places]
-        futures = self._admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group, asked)])
-        found = futures[group].result().topic_partitions
+        # The admin client of librdkafka ends the process where a group's coordinator has just moved
+        # (its handler of such an answer needs a consumer); a consumer that never joins asks again.
+        if group not in self._groups:
+            own = {"group.id": group, "enable.auto.commit": "false", "log_level": "0"}
+            self._groups[group] = Consumer(client_settings(self._settings) | own)
+        found = self._groups[group].committed([TopicPartition(*place) for place in places], timeout=30)
+        for each in found:
+            if each.error is not None:
+                raise KafkaException(each.error)
         return {(each.topic, each.partition): each.offset for each in found}
 
     def behind(self, group: str, ends: Mapping[Place, int]) -> int:

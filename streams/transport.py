@@ -11,12 +11,17 @@ rebalance.  So what is committed is only what an agent has said to be finished, 
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from aiokafka.errors import IllegalStateError
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
+
+#: An agent is handed at most so many bytes of values at once, or one record.
+BATCH_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +78,9 @@ class Consumer(driver.Consumer):  # type: ignore[misc]  # faust is untyped
 
     async def _getmany(self, active_partitions: set[TP] | None, timeout: float) -> dict[TP, list[Folded]]:
         fetched = await super()._getmany(active_partitions, timeout)
-        folded = {tp: [_fold(records)] for tp, records in fetched.items() if records}
-        for tp, [message] in folded.items():
-            self._handed[tp] = message.offset + 1
+        folded = {tp: [_fold(part) for part in _parts(records)] for tp, records in fetched.items() if records}
+        for tp, messages in folded.items():
+            self._handed[tp] = messages[-1].offset + 1
         if not folded:
             await self._commit_past_markers(active_partitions or set())
         return folded
@@ -85,13 +90,14 @@ class Consumer(driver.Consumer):  # type: ignore[misc]  # faust is untyped
 
         Otherwise a close would wait for ever for a log that ends with one.
         """
-        for tp in partitions:
-            if self._handed.get(tp) != self._done.get(tp):
-                continue
+        for tp in list(partitions):  # Faust changes its set meanwhile
+            handed = self._handed.get(tp)
+            if handed is not None and handed != self._done.get(tp):
+                continue  # a batch is in hand, or waits
             try:
-                position = await self.position(tp)
-            except IllegalStateError:
-                continue  # revoked meanwhile
+                position = await asyncio.wait_for(self.position(tp), 1)
+            except (IllegalStateError, TimeoutError):
+                continue  # revoked meanwhile, or without a leader
             if position is not None and position > (self._done.get(tp) or self._committed_offset[tp] or 0):
                 await self._commit_offsets({tp: position})
                 if tp in self._done:
@@ -104,6 +110,20 @@ class Consumer(driver.Consumer):  # type: ignore[misc]  # faust is untyped
 
     async def _add_gap(self, tp: TP, offset_from: int, offset_to: int) -> None:
         """Gaps are the rule between folded messages; there is nothing to wait for in them."""
+
+
+def _parts(records: list[Any]) -> Iterator[list[Any]]:
+    """Records in parts of a bounded size: what is fetched may have been packed very small."""
+    part: list[Any] = []
+    size = 0
+    for record in records:
+        length = len(record.value or b"")
+        if part and size + length > BATCH_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(record)
+        size += length
+    yield part
 
 
 def _fold(records: list[Any]) -> Folded:

@@ -31,7 +31,7 @@ from agents.reference import Reference
 from agents.usage import Usage
 from rating.amounts import Exact, pence
 from rating.book import Book
-from rating.calendar import financial_year, parse_month
+from rating.calendar import financial_year, month_of, parse_month
 from rating.close import csv_rows, derive
 from rating.evidence import read_evidence, rederive
 from rating.funding import allocation_exact, draw_down
@@ -476,7 +476,7 @@ class World:
                     for day, quantity in days.items()
                     if quantity
                 }
-                expected = {key: each for key, each in standing.items() if key[1] in totals.practices}
+                expected = {key: each for key, each in standing.items() if (key[1], month_of(key[2])) in totals.known}
                 same("day totals in the usage agent's memory", cached, expected)
 
     def _check_drawn(self, book: Book, wanted: dict[tuple[str, int], Exact]) -> None:

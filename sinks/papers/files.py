@@ -154,7 +154,9 @@ def control_text(body: dict[str, Any]) -> str:
 
 def safe_name(text: str) -> str:
     """A number as part of a file name: payers' codes come from data, so no separator may survive."""
-    plain = "".join(each if each.isalnum() or each in "-_." else f"%{ord(each):x}" for each in text)
-    plain = plain if not plain.startswith(".") else f"%2e{plain[1:]}"
-    # A file system has a limit; what is cut off is told apart by its digest.
-    return plain if len(plain) <= 100 else f"{plain[:60]}~{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+    plain = "".join(each if each.isalnum() or each in "-_." else f"%{ord(each):06x}" for each in text)
+    plain = plain if not plain.startswith(".") else f"%{ord('.'):06x}{plain[1:]}"
+    if len(plain.encode()) <= 100:
+        return plain
+    # A file system has a limit, in bytes; what is cut off is told apart by its digest.
+    return f"{plain.encode()[:60].decode(errors='ignore')}~{hashlib.sha256(text.encode()).hexdigest()[:24]}"
