@@ -39,6 +39,11 @@ DEAD_LETTER_MAX_BYTES = 16 * 1024 * 1024
 BLOCK_MAX_BYTES = 8 * 1024 * 1024
 
 Place = tuple[str, int]
+_COORDINATOR_MOVES = (
+    KafkaError.NOT_COORDINATOR,
+    KafkaError.COORDINATOR_NOT_AVAILABLE,
+    KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+)
 
 
 def usage_topics(settings: Settings) -> list[str]:
@@ -245,7 +250,17 @@ class Broker:
         if group not in self._groups:
             own = {"group.id": group, "enable.auto.commit": "false", "log_level": "0"}
             self._groups[group] = Consumer(client_settings(self._settings) | own)
-        found = self._groups[group].committed([TopicPartition(*place) for place in places], timeout=30)
+        asked = [TopicPartition(*place) for place in places]
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                found = self._groups[group].committed(asked, timeout=30)
+                break
+            except KafkaException as error:
+                # A broker that has just started has yet to find who coordinates the group.
+                if error.args[0].code() not in _COORDINATOR_MOVES or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
         for each in found:
             if each.error is not None:
                 raise KafkaException(each.error)
