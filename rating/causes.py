@@ -75,6 +75,8 @@ class Causes:
         self._together_known: dict[tuple[str, str], bool] = {}
         self._coverage_known: dict[tuple[bool, str, int], dict[int, Exact]] = {}
         self._news_known: dict[str, list[_News]] = {}
+        #: By order, then by kind, item and practice as a change names them: its place and its text.
+        self._named: dict[str, dict[tuple[str, str | None, str | None], list[tuple[int, str]]]] = {}
 
     def of(self, key: ChargeKey) -> Cause:
         """The cause of an adjustment."""
@@ -337,13 +339,15 @@ class Causes:
     def _ids(self, key: LineKey, kind: str) -> str:
         """The ids of the order's changes of a kind since the previous cut that name the line."""
         order_number, item_id, ods_code = key
-        found = [
-            news.text
-            for news in self._news_of(order_number, is_contract=True)
-            if news.kind == kind
-            and news.body.get("item_id", item_id) == item_id
-            and (news.body.get("ods_code") or ods_code) == ods_code
-        ]
+        if order_number not in self._named:
+            by_name: dict[tuple[str, str | None, str | None], list[tuple[int, str]]] = {}
+            for place, news in enumerate(self._news_of(order_number, is_contract=True)):
+                name = (news.kind, news.body.get("item_id"), news.body.get("ods_code") or None)
+                by_name.setdefault(name, []).append((place, news.text))
+            self._named[order_number] = by_name
+        names = ((kind, item, ods) for item in (item_id, None) for ods in (ods_code, None))
+        named = sorted(each for name in names for each in self._named[order_number].get(name, ()))
+        found = [text for _, text in named]
         more = f" and {len(found) - IDS_MAX} more" if len(found) > IDS_MAX else ""
         return f" ({', '.join(found[-IDS_MAX:])}{more})" if found else ""
 

@@ -25,12 +25,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 from rating.amounts import GRAINS, MICRO_GRAINS, MICROS, Exact, micros_text, pence, pounds_text, whole
 from rating.book import Book, Line, LineKey, Order, Reference, Service
 from rating.calendar import FOREVER, financial_year, last_day, month_text, parse_month
-from rating.charges import iso
+from rating.charges import iso, rated_together
 from rating.close import ChargeKey, Derivation, invoice, rate_lines
 from rating.documents import Document
 from rating.funding import Coverage, allocation_exact, charge_of, draw_down, payer_order, settle
@@ -113,23 +114,22 @@ class Evidence:
                 of_parties = self._invoiced.setdefault((key.payer, key.supplier_id), {})
                 of_item = of_parties.setdefault((key.order_number, key.item_id), {})
                 of_item.setdefault(key[:3], {})[key.month] = amount
+        self._said: dict[str, _SaidOfOrder] = {}
         self._wanted: dict[str, dict[int, Exact]] = {}
         for (party, month), exact in known.wanted.items():
             self._wanted.setdefault(party, {})[month] = exact
 
     def of(self, document: Document) -> dict[str, Any]:
         """The evidence of a document."""
-        items: dict[str, set[str]] = {}
-        for key in document.rows:
-            items.setdefault(key.order_number, set()).add(key.item_id)
         orders = self._known.book.orders
-        lines = [
-            line
-            for number, item_ids in sorted(items.items())
-            if number in orders
-            for item_id in sorted(item_ids)
-            for line in orders[number].by_item.get(item_id, ())
-        ]
+        own = {key[:3] for key in document.rows}
+        invoiced = self._invoiced_before(document)
+        own |= {line for of_item in invoiced for line in of_item}
+        lines = self._lines(own)
+        about = {line.key for line in lines}
+        services: dict[str, set[Service]] = {}
+        for line in lines:
+            services.setdefault(line.order.number, set()).add((line.item_id, line.ods_code))
         return {
             "format": FORMAT,
             "number": document.number,
@@ -138,22 +138,47 @@ class Evidence:
             "supplier_id": document.supplier_id,
             "contract_changes": [
                 change
-                for number, item_ids in sorted(items.items())
-                for value in standing_values(self._known.contract.get(number, ()))
-                if (change := _about(value, item_ids))
+                for number in sorted(services)
+                for change in self._said_of(number).about(services[number])
             ],
             "practices": self._practices(lines, document.period),
             "acceptances": self._acceptances(lines),
             "allocations": self._allocations(lines),
-            "usage": self._usage(lines, items, document.period),
+            "usage": self._usage(lines, about, document.period),
             "usage_months": self._months,
-            "invoiced": self._invoiced_before(document, items),
+            "invoiced": [
+                {
+                    **dict(zip(("order_number", "item_id", "ods_code"), line, strict=True)),
+                    "net": {month_text(month): pounds_text(amount) for month, amount in sorted(months.items())},
+                }
+                for of_item in invoiced
+                for line, months in sorted(of_item.items())
+            ],
             "vat_rates": [
                 {**_names(key), "month": month_text(key.month), "vat_rate": micros_text(rate)}
                 for key, rate in sorted(document.vat_rates_micros.items())
                 if key.order_number not in orders or rate != orders[key.order_number].header.vat_rate_micros
             ],
         }
+
+    def _said_of(self, number: str) -> _SaidOfOrder:
+        if number not in self._said:
+            self._said[number] = _SaidOfOrder(self._known.contract.get(number, ()))
+        return self._said[number]
+
+    def _lines(self, own: Iterable[LineKey]) -> list[Line]:
+        """The lines that stand of these, and those that are rated together with them."""
+        by_item: dict[tuple[str, str], list[Service]] = {}
+        for number, item_id, ods_code in sorted(own):
+            by_item.setdefault((number, item_id), []).append((item_id, ods_code))
+        found: list[Line] = []
+        for (number, item_id), services in by_item.items():
+            order = self._known.book.orders.get(number)
+            if order is not None and rated_together(order, item_id):
+                found += order.by_item.get(item_id, [])
+            elif order is not None:
+                found += [order.lines[service] for service in services if service in order.lines]
+        return found
 
     def _practices(self, lines: Iterable[Line], period: int) -> dict[str, Any]:
         reference, until = self._known.book.reference, last_day(period)
@@ -201,7 +226,7 @@ class Evidence:
                 )
         return found
 
-    def _usage(self, lines: Iterable[Line], items: Mapping[str, set[str]], period: int) -> list[dict[str, Any]]:
+    def _usage(self, lines: Iterable[Line], about: set[LineKey], period: int) -> list[dict[str, Any]]:
         book, until, found = self._known.book, last_day(period), []
         metered = {
             (line.item_id, line.ods_code) for line in lines if any(price.is_on_demand for price in line.price.values)
@@ -222,37 +247,50 @@ class Evidence:
                     iso(day): takers[0].order.number
                     for day, _ in used
                     if (takers := book.takers(service, day))
-                    if item_id not in items.get(takers[0].order.number, ())
+                    if takers[0].key not in about
                 }
             found.append(said)
         return found
 
-    def _invoiced_before(self, document: Document, items: Mapping[str, set[str]]) -> list[dict[str, Any]]:
+    def _invoiced_before(self, document: Document) -> list[dict[LineKey, dict[int, int]]]:
+        """What the payer was invoiced before for the orders' items on the document: by line and month, in pence."""
         of_parties = self._invoiced.get((document.payer, document.supplier_id), {})
-        return [
-            {
-                "order_number": order_number,
-                "item_id": item_id,
-                "ods_code": ods_code,
-                "net": {month_text(month): pounds_text(amount) for month, amount in sorted(months.items())},
-            }
-            for number, item_ids in sorted(items.items())
-            for each in sorted(item_ids)
-            for (order_number, item_id, ods_code), months in sorted(of_parties.get((number, each), {}).items())
-        ]
+        return [of_parties.get(each, {}) for each in sorted({(key[0], key[1]) for key in document.rows})]
 
 
 def _names(key: ChargeKey) -> dict[str, str]:
     return {"order_number": key.order_number, "item_id": key.item_id, "ods_code": key.ods_code}
 
 
-def _about(value: Said, item_ids: set[str]) -> Said | None:
-    """A change as far as it is about the items; None when it is about others only."""
-    [(kind, body)] = value["change"].items()
-    if kind == "OrderPlaced":
-        lines = [line for line in body["lines"] if line["item_id"] in item_ids]
-        return {**value, "change": {kind: {**body, "lines": lines}}} if lines else None
-    return value if body.get("item_id") is None or body["item_id"] in item_ids else None
+class _SaidOfOrder:
+    """What stands of an order's changes, to be found by line: its lines may have a payer, and so a document, each."""
+
+    def __init__(self, changes: Sequence[Said]) -> None:
+        self._placed: list[tuple[int, Said, dict[Service, tuple[int, Any]]]] = []
+        #: By item and practice, either of which may be None, as a change names it: place in the log and change.
+        self._named: dict[tuple[str | None, str | None], list[tuple[int, Said]]] = {}
+        for place, value in enumerate(standing_values(changes)):
+            [(kind, body)] = value["change"].items()
+            if kind == "OrderPlaced":
+                lines = {(line["item_id"], line["ods_code"]): (at, line) for at, line in enumerate(body["lines"])}
+                self._placed.append((place, value, lines))
+            else:
+                named = (body.get("item_id"), body.get("ods_code"))
+                self._named.setdefault(named, []).append((place, value))
+
+    def about(self, services: set[Service]) -> list[Said]:
+        """The changes as far as they are about these items at practices, in log order."""
+        found: list[tuple[int, Said]] = []
+        for place, value, lines in self._placed:
+            ours = sorted((lines[each] for each in services if each in lines), key=itemgetter(0))
+            if ours:
+                body = {**value["change"]["OrderPlaced"], "lines": [line for _, line in ours]}
+                found.append((place, {**value, "change": {"OrderPlaced": body}}))
+        names: set[tuple[str | None, str | None]] = {(None, None), *services}
+        names |= {(item_id, None) for item_id, _ in services}
+        for named in names:
+            found += self._named.get(named, [])
+        return [value for _, value in sorted(found, key=itemgetter(0))]
 
 
 # --- read by whoever checks a bill ------------------------------------------------------------

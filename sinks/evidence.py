@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -148,15 +147,28 @@ def write_evidence(
             numbers.setdefault((each["item_id"], each["ods_code"]), []).append(number)
     if not (numbers and months):
         return written
-    with ExitStack() as stack:
-        files = {}
-        for number in sorted({number for each in numbers.values() for number in each}):
-            path = folder / f"{name(number)}-usage.jsonl"
-            files[number] = stack.enter_context(path.open("w", encoding="utf-8", newline=""))
-            written.append(path)
-        items = {item_id for item_id, _ in numbers}
-        for reading in Ledger(clickhouse).readings_at_cut(generation, cut, items, months):
-            line = json.dumps({"topic": "usage", "value": reading}, separators=(",", ":"), ensure_ascii=False) + "\n"
-            for number in numbers.get((reading["item_id"], reading["ods_code"]), ()):
-                files[number].write(line)
+    metered = {number for each in numbers.values() for number in each}
+    paths = {number: folder / f"{name(number)}-usage.jsonl" for number in metered}
+    for path in sorted(paths.values()):
+        path.write_text("", encoding="utf-8")
+        written.append(path)
+    lines: dict[Path, list[str]] = {}
+    size = 0
+    for reading in Ledger(clickhouse).readings_at_cut(generation, cut, {item_id for item_id, _ in numbers}, months):
+        line = json.dumps({"topic": "usage", "value": reading}, separators=(",", ":"), ensure_ascii=False) + "\n"
+        for number in numbers.get((reading["item_id"], reading["ods_code"]), ()):
+            lines.setdefault(paths[number], []).append(line)
+            size += len(line)
+        if size > _INSERT_CHARACTERS:
+            _append(lines)
+            size = 0
+    _append(lines)
     return written
+
+
+def _append(lines: dict[Path, list[str]]) -> None:
+    """Adds lines to their files, of which there may be more than a process may have open."""
+    for path, texts in lines.items():
+        with path.open("a", encoding="utf-8", newline="") as file:
+            file.writelines(texts)
+    lines.clear()

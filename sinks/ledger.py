@@ -239,32 +239,33 @@ class Ledger:
         self, generation: int, cut: Positions, items: Iterable[str], months: Iterable[int]
     ) -> dict[Service, dict[int, Readings]]:
         """The number and digest of the readings of some items on each day of some months, at a cut."""
-        statement, parameters = _standing_readings(generation, cut, items, months)
         found: dict[Service, dict[int, Readings]] = {}
-        rows = self._clickhouse.query(_DIGESTS.format(readings=statement), parameters)
-        for ods_code, item_id, day, count, digest in rows:
-            found.setdefault((item_id, ods_code), {})[day + _EPOCH_ORDINAL] = Readings(count, digest)
+        for chunk in chunks((each,) for each in sorted(items)):
+            statement, parameters = _standing_readings(generation, cut, chunk, months)
+            rows = self._clickhouse.query(_DIGESTS.format(readings=statement), parameters)
+            for ods_code, item_id, day, count, digest in rows:
+                found.setdefault((item_id, ods_code), {})[day + _EPOCH_ORDINAL] = Readings(count, digest)
         return found
 
     def readings_at_cut(
         self, generation: int, cut: Positions, items: Iterable[str], months: Iterable[int]
     ) -> Iterator[dict[str, Any]]:
-        """Those readings themselves, as interchange values, by practice, item and day."""
-        statement, parameters = _standing_readings(generation, cut, items, months)
-        statement += " ORDER BY ods_code, item_id, day, supplier, id"
-        for ods_code, supplier, reading_id, revision, item_id, _, quantity, at in self._clickhouse.stream(
-            statement, parameters
-        ):
-            occurred_at = (_EPOCH + timedelta(microseconds=at)).isoformat().replace("+00:00", "Z")
-            yield {
-                "id": reading_id,
-                "revision": revision,
-                "supplier_id": supplier,
-                "ods_code": ods_code,
-                "item_id": item_id,
-                "quantity": micros_text(quantity),
-                "occurred_at": occurred_at,
-            }
+        """Those readings themselves, as interchange values, by practice, item and day for some items at a time."""
+        for chunk in chunks((each,) for each in sorted(items)):
+            statement, parameters = _standing_readings(generation, cut, chunk, months)
+            statement += " ORDER BY ods_code, item_id, day, supplier, id"
+            rows = self._clickhouse.stream(statement, parameters)
+            for ods_code, supplier, reading_id, revision, item_id, _, quantity, at in rows:
+                occurred_at = (_EPOCH + timedelta(microseconds=at)).isoformat().replace("+00:00", "Z")
+                yield {
+                    "id": reading_id,
+                    "revision": revision,
+                    "supplier_id": supplier,
+                    "ods_code": ods_code,
+                    "item_id": item_id,
+                    "quantity": micros_text(quantity),
+                    "occurred_at": occurred_at,
+                }
 
     def same_usage(self, generation: int, positions: Positions, cut: Positions) -> bool:
         """Whether positions in usage-accepted and a cut of the input topics take in the same usage."""
@@ -437,11 +438,11 @@ class Ledger:
 
 
 def _standing_readings(
-    generation: int, cut: Positions, items: Iterable[str], months: Iterable[int]
+    generation: int, cut: Positions, items: Sequence[tuple[str, ...]], months: Iterable[int]
 ) -> tuple[str, dict[str, Any]]:
     condition = at_cut("concat(topic, '/', toString(partition))")
     parameters = cut_parameters(generation, cut) | {
-        "items": sorted(items),
+        "items": [item_id for (item_id,) in items],
         "months": [month // 12 * 100 + month % 12 + 1 for month in sorted(months)],
     }
     return _STANDING_READINGS.format(condition=condition), parameters
