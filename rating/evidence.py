@@ -4,14 +4,15 @@ Evidence is one mapping of plain values, ready for JSON: decimals as text, days 
 the interchange form.  It holds, as of the close's cut,
 
 - `contract_changes`: what stands of the orders on the document, in log order, in its interchange
-  form; changes of items that are not on the document are left out, from orders their lines too;
+  form, as far as they are about the document's lines, lines that its payer was invoiced for before,
+  and those that are rated together with them (a tiered price, a shared credit);
 - `practices`: list sizes (where a line follows them), closure and merger;
 - `acceptances`: the days on which each requirement named for an item is fulfilled;
 - `allocations`: the amount for each ordering party and year, and all that would draw on it by
   month, exact, in pence: what lines that are not on the document add is in it as a sum only;
 - `usage`: each practice's and item's units by London day, with the number and digest of the
-  readings in the months that the close bills (`usage_months`), and who takes them where that is an
-  order not on the document;
+  readings in the months that the close bills (`usage_months`), and who takes them where that is a
+  line not in the evidence;
 - `invoiced`: what was invoiced before to the document's payer, by line and month;
 - `vat_rates`: of rows that keep the rate that they were invoiced at.
 
