@@ -414,7 +414,7 @@ class World:
                 assert found == [tuple(row) for row in rows], f"{kind} of {close.period}"
             self._check_explained(period)
         drifts = self.clickhouse.query("SELECT period, toString(drift_pence) FROM periods FINAL WHERE drift_pence != 0")
-        assert drifts == [], "the accruals differed from the ledger at a close (promise 3)"
+        assert drifts == [], f"{drifts} the accruals differed from the ledger at a close (promise 3)"
         # No FINAL: what an attempt that died has written counts, too.
         bodies = "SELECT period, number AS name, body FROM documents UNION ALL SELECT period, concat(kind, code), body"
         different = self.clickhouse.query(
