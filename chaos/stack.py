@@ -109,6 +109,7 @@ class Stack:
             # So wide that claims decide what is new, as they do of this month's usage in production.
             claim_window_days=20_000,
             web_port=free_port(),
+            specimen=True,
         )
 
     def __enter__(self) -> Stack:
