@@ -6,7 +6,7 @@ KAFKA_JARS = $(or $(TRIBILL_KAFKA_JARS),$(or $(TMPDIR),/tmp)/tribill-kafka-4.1.0
 CHAOS = TRIBILL_KAFKA_JARS=$(KAFKA_JARS) $(BIN)/python -m chaos $(if $(SEED),--seed $(SEED))
 PLANTS = claim-without-position commit-before-insert commit-before-totals delta-instead-of-total no-fencing
 
-.PHONY: help setup demo test lint lock bench bench-latency bench-growth bench-scaling bench-rating bench-close bench-recovery pictures chaos chaos-control clean
+.PHONY: help setup demo test lint lock bench bench-latency bench-growth bench-scaling bench-rating bench-publication bench-close bench-recovery pictures chaos chaos-control clean
 
 help:
 	@echo "make demo   a month of GP IT services, live and closed (ARGS=\"--exit --out DIR\" passes options on)"
@@ -15,7 +15,7 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make lock   renew the lock files after a change of dependencies"
 	@echo "make bench  the usage path against Faust, Quix Streams and Bytewax, in ten minutes at most"
-	@echo "make bench-latency bench-growth bench-scaling bench-rating bench-close bench-recovery  what else is measured (docs/performance.md)"
+	@echo "make bench-latency bench-growth bench-scaling bench-rating bench-publication bench-close bench-recovery  what else is measured (docs/performance.md)"
 	@echo "make pictures  renew the pictures of documents in docs/"
 	@echo "make chaos  break an installation on Apache Kafka and check every penny (SEED=n MINUTES=60 BROKERS=3 FAULTS=n)"
 	@echo "make chaos-control  plant known bugs: the same check must catch each (PLANTS=name)"
@@ -51,7 +51,7 @@ lock: setup
 bench: setup
 	@$(BIN)/python -m bench.usage $(ARGS)
 
-bench-latency bench-growth bench-scaling bench-rating bench-close bench-recovery: bench-%: setup
+bench-latency bench-growth bench-scaling bench-rating bench-publication bench-close bench-recovery: bench-%: setup
 	@$(BIN)/python -m bench.$* $(ARGS)
 
 pictures: setup

@@ -103,6 +103,17 @@ class Line:
         """Whether what accrued is released in a period that ends on `last_day` (3.8).
 
         Held until M2 is known and not later than the period's end; a one-off needs none.
+
+        >>> from rating.calendar import last_day, parse_month
+        >>> from rating.records import Funding, Header, MilestoneReached, OrderLine, OrderPlaced, Price, Tier
+        >>> price = Price("flat", "volume", "declarative", "", "month", "month", (Tier(0, 1_000_000),))
+        >>> placed = OrderLine("10000-001", "A83005", 1_000_000, price, (Funding("NHSE", "rest"),))
+        >>> order, april, may = Order("C010001"), parse_month("2026-04"), parse_month("2026-05")
+        >>> order.apply(OrderPlaced("C010001-01", Header("15E", "10000", "", 739_000, 36, 200_000), (placed,)))
+        >>> order.apply(MilestoneReached("10000-001", "A83005", "M2", last_day(april) + 12))
+        >>> [line] = order.lines.values()
+        >>> line.payable(last_day(april)), line.payable(last_day(may))  # M2 on 12 May: all since M1 in May's close
+        (False, True)
         """
         return self.is_one_off or (self.m2 is not None and self.m2 <= last_day)
 
