@@ -33,7 +33,7 @@ from sinks.dead_letters import DeadLetter
 from streams.agent import Agent
 from streams.batch import LATEST_MS, Batch, Record, instant
 from streams.codec import Undecodable, from_interchange, read_json, to_interchange
-from streams.columns import COLUMNS, Integers, decode, decode_batches
+from streams.columns import CODE_MAX_CHARACTERS, COLUMNS, Integers, decode, decode_batches
 from streams.topics import BLOCK_MAX_BYTES, USAGE, USAGE_ACCEPTED, partition_for, usage_topics
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -42,8 +42,6 @@ EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
 AHEAD = timedelta(days=1)
 #: Rows of a block; one that is too large for a Kafka record all the same is halved.
 BLOCK_ROWS = 20_000
-#: Far above any real one; what is longer would multiply with every reading of a batch.
-CODE_MAX_CHARACTERS = 256
 ID_MAX_CHARACTERS = 4_096
 LETTERS_AT_ONCE = 5_000
 

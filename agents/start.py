@@ -43,19 +43,19 @@ _LOOKED_FOR = 100
 
 def check_start(agent: Agent, context: Context) -> None:
     """Raises SettingsError with the first thing that is wrong; what is new in log and schemas is noted."""
-    for fault in (*faults_of_schemas(context), *faults_of_log(agent.role, agent.topics(), context)):
+    broker = Broker(context.settings)
+    for fault in (*faults_of_schemas(context), *faults_of_log(agent.role, agent.topics(), broker, context)):
         raise SettingsError(fault)
     ledger, generation = context.ledger, context.settings.log_generation
     known = ledger.known_topics(generation)
-    ids = Broker(context.settings).topic_ids(agent.topics())
+    ids = broker.topic_ids(agent.topics())
     ledger.note_topics(generation, {topic: number for topic, number in ids.items() if topic not in known})
     schemas = ledger.known_schemas()
     ledger.note_schemas({number: each for number, each in _schemas().items() if number not in schemas})
 
 
-def faults_of_log(role: str, topics: Sequence[str], context: Context) -> Iterator[str]:
+def faults_of_log(role: str, topics: Sequence[str], broker: Broker, context: Context) -> Iterator[str]:
     """What of the topics that a role reads is not as settings and ledger have it."""
-    broker = Broker(context.settings)
     places = broker.partitions(topics)
     yield from _wrong_partitions(topics, places, context)
     ends, firsts = broker.end_offsets(topics), broker.first_offsets(topics)

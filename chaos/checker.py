@@ -25,7 +25,7 @@ from chaos.book import Garbage
 from chaos.speaker import NUMBER
 from sinks.clickhouse import ClickHouse
 from streams.settings import Settings
-from streams.topics import DEAD_LETTERS, PERIOD_EVENTS, STAGES, client_settings, configurations, input_topics
+from streams.topics import DEAD_LETTERS, PERIOD_EVENTS, STAGES, Broker, client_settings, configurations, input_topics
 from tests.oracle import oracle
 from tribill.roles import ROLES
 
@@ -79,6 +79,7 @@ class Log:
     def __init__(self, settings: Settings) -> None:
         self._clients = client_settings(settings)
         self.admin = AdminClient(self._clients | {"log_level": "0"})
+        self._broker = Broker(settings)
         self._topics = configurations(settings)
 
     def ends(self, topics: Iterable[str]) -> dict[Place, int]:
@@ -93,12 +94,7 @@ class Log:
 
     def committed(self, role: str, places: Iterable[Place]) -> dict[Place, int]:
         """What a role's group has committed; 0 where nothing."""
-        group = f"tribill-{role}"
-        # The admin client's own way ends the process while a group's coordinator moves.
-        asking = Consumer(self._clients | {"group.id": group, "enable.auto.commit": "false"})
-        found = asking.committed([TopicPartition(*place) for place in places], timeout=20)
-        asking.close()
-        return {(each.topic, each.partition): max(0, each.offset) for each in found}
+        return self._broker.committed(f"tribill-{role}", places)
 
     def behind(self, settings: Settings) -> dict[str, int]:
         """How many records each role has still to do; empty when all is done."""

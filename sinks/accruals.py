@@ -232,10 +232,6 @@ class Accruals:
         )
         return [((order, item, ods), month, list(parties)) for order, item, ods, month, parties in rows]
 
-    def exact_up_to(self, month: int) -> dict[tuple[LineKey, int], Fraction]:
-        """The exact pence of every line's month up to one, zeros left out."""
-        return {key: exact for key, (exact, _) in self.exact_and_version(month).items() if exact}
-
     def exact_and_version(self, month: int) -> dict[tuple[LineKey, int], tuple[Fraction, int]]:
         """The exact pence of every line's month up to one, with the version of the row."""
         rows = self._clickhouse.query(

@@ -125,11 +125,12 @@ class Claims:
     def _evaluate(self, chunks: Sequence[pl.Series]) -> list[Any]:
         """The script's answers.  All is sent before the first is read, so that Redis has work meanwhile."""
         connection: Any = self._redis.connection_pool.get_connection()
+        keep = str(self._keep_seconds)
+        head = "".join(_words(pl.Series(["EVAL", "1"]), pl.Series([_CLAIM, _GENERATION_KEY])))
+        head += f"${len(keep)}\r\n{keep}\r\n"
         try:
             for words in chunks:
-                keep = str(self._keep_seconds)
-                head = _words(pl.Series(["EVAL", "1"]), pl.Series([_CLAIM, _GENERATION_KEY]))
-                command = f"*{5 + 2 * len(words)}\r\n" + "".join([*head, f"${len(keep)}\r\n{keep}\r\n", *words])
+                command = f"*{5 + 2 * len(words)}\r\n{head}" + "".join(words)
                 connection.send_packed_command([command.encode()])
             return [connection.read_response() for _ in chunks]
         except BaseException:

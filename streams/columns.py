@@ -56,8 +56,8 @@ _PHYSICAL: dict[str, Any] = {
     name: pl.String if kind == "string" else pl.Int64 for name, (_, kind) in zip(COLUMNS, LAYOUT, strict=True)
 }
 _INT64 = 2**63
-#: A longer code of a batch is no code.
-_CODE_MAX_CHARACTERS = 256
+#: Far above any real one; what is longer would multiply with every reading of a batch.
+CODE_MAX_CHARACTERS = 256
 
 
 class Decoded(NamedTuple):
@@ -214,7 +214,7 @@ def _readings(value: bytes) -> list[tuple[Any, ...]] | None:
     try:
         batch = fastavro.schemaless_reader(body, _plain("UsageBatch"))
         supplier_id, ods_code = batch["supplier_id"], batch["ods_code"]
-        if max(len(supplier_id), len(ods_code)) > _CODE_MAX_CHARACTERS:
+        if max(len(supplier_id), len(ods_code)) > CODE_MAX_CHARACTERS:
             return None  # each reading would repeat it
         readings = [
             (

@@ -50,6 +50,11 @@ class _Thread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]  # faust is 
         consumer._isolation_level = "read_committed"
         return consumer
 
+    def highwater(self, tp: TP) -> int | None:
+        """Where a partition ends for us: what lies behind the beginning of an open transaction can't be read yet."""
+        end: int | None = self._ensure_consumer().last_stable_offset(tp)
+        return end
+
 
 class Consumer(driver.Consumer):  # type: ignore[misc]  # faust is untyped
     """Folds each fetched partition into one message and commits what agents have finished."""

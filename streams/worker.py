@@ -232,9 +232,7 @@ class Worker:
         for tp in _assignment(self.app):
             if tp.topic in self.agent.topics():
                 try:
-                    # What lies behind the beginning of a transaction that is open can't be read yet.
-                    end = consumer._thread._ensure_consumer().last_stable_offset(tp)
-                    at = await asyncio.wait_for(consumer.position(tp), 1)
+                    end, at = consumer.highwater(tp), await asyncio.wait_for(consumer.position(tp), 1)
                 except (IllegalStateError, TimeoutError):
                     continue  # revoked meanwhile, or without a leader
                 done = consumer._committed_offset[tp]

@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agents import intake
-from agents.intake import CODE_MAX_CHARACTERS, ID_MAX_CHARACTERS, Intake
+from agents.intake import ID_MAX_CHARACTERS, Intake
 from sinks.dead_letters import DeadLetter
 from streams.batch import Batch
 from streams.codec import Codec
-from streams.columns import Decoded, decode, decode_batches
+from streams.columns import CODE_MAX_CHARACTERS, Decoded, decode, decode_batches
 from streams.settings import Settings
 
 CODEC = Codec(Settings())

@@ -57,7 +57,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         yield from _guarded("groups", lambda: _groups(log, settings))
     if ledger_answers:
         if topics_are_there:
-            yield from _guarded("positions", lambda: _positions(settings))
+            yield from _guarded("positions", lambda: _positions(log, settings))
         yield from _guarded("schemas", lambda: _schemas(settings))
         yield from _guarded("clocks", lambda: _clocks(clickhouse))
         yield from _guarded("refused", lambda: _refused(clickhouse))
@@ -186,14 +186,14 @@ def _groups(broker: Broker, settings: Settings) -> Iterator[Finding]:
             yield Finding("ok", "groups", f"{role}: {members} workers; {todo}")
 
 
-def _positions(settings: Settings) -> Iterator[Finding]:
+def _positions(log: Broker, settings: Settings) -> Iterator[Finding]:
     from agents.context import Context
     from agents.start import faults_of_log
 
     context: Context = Context("doctor", settings)
     faults = 0
     for role, topics_of in STAGES:
-        for fault in faults_of_log(role, topics_of(settings), context):
+        for fault in faults_of_log(role, topics_of(settings), log, context):
             faults += 1
             text, _, cure = fault.partition(".  ")
             yield Finding("fault", "positions", f"{role}: {text}", cure or "see docs/operations.md, section 9")

@@ -66,7 +66,8 @@ class Installation:
         )
         self.settings.write(self.settings_file)
         ClickHouse(self.settings).migrate()
-        Broker(self.settings).create_topics()
+        self._broker = Broker(self.settings)
+        self._broker.create_topics()
 
     def start_worker(self, role: str) -> None:
         """Starts a role's worker (again)."""
@@ -100,11 +101,10 @@ class Installation:
 
     def behind(self) -> dict[str, int]:
         """How many records each stage has still to do."""
-        broker = Broker(self.settings)
         return {
             role: behind
             for role, topics in STAGES
-            if (behind := broker.behind(f"tribill-{role}", broker.end_offsets(topics(self.settings))))
+            if (behind := self._broker.behind(f"tribill-{role}", self._broker.end_offsets(topics(self.settings))))
         }
 
     def drain(self, seconds: float, say: Callable[[str], None]) -> bool:
