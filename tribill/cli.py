@@ -375,9 +375,14 @@ for _command in (dead_letters, suspense, doctor):
     cli.add_command(_command)
 
 
+def _end(*_: object) -> None:
+    # Not sys.exit(): its bare number is no exception to librdkafka's binding, when this falls into a callback of it.
+    raise SystemExit(143)
+
+
 def main() -> None:
     """The entry point.  SIGTERM ends a command as Ctrl-C does: what it started is stopped."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _end)
     # Exact fractions of tiered prices may have thousands of digits.
     sys.set_int_max_str_digits(0)
     structlog.configure(
