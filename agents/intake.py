@@ -53,6 +53,7 @@ class Intake(Agent):
     """The agent of role `intake`."""
 
     role: ClassVar[str] = "intake"
+    lanes: ClassVar[int] = 2
 
     def __init__(self, context: Context) -> None:
         self._context = context

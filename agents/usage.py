@@ -107,6 +107,7 @@ class Usage(Agent):
     """The agent of role `usage`."""
 
     role: ClassVar[str] = "usage"
+    lanes: ClassVar[int] = 2
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -176,7 +177,7 @@ class Usage(Agent):
 
     def _judge(self, rows: pl.DataFrame, batch: Batch) -> tuple[_Outcome, pl.DataFrame]:
         """What the batch comes to, and all changes of day totals as columns."""
-        suspects = rows.filter(~self._certainly_new(rows)).select(_IDENTITY).unique()
+        suspects = rows.filter(~self._certainly_new(rows, batch.partition)).select(_IDENTITY).unique()
         if suspects.is_empty():
             outcome = _Outcome(rows)
         else:
@@ -198,16 +199,16 @@ class Usage(Agent):
             changes = pl.concat([changes, pl.DataFrame(keyed, schema=changes.schema, orient="row")])
         return outcome, changes.group_by(_DAY_KEY).agg(pl.col("quantity_micros").sum())
 
-    def _certainly_new(self, rows: pl.DataFrame) -> pl.Series:
+    def _certainly_new(self, rows: pl.DataFrame, partition: int) -> pl.Series:
         named = rows.select(
-            identity=pl.concat_str(pl.lit("u:"), "supplier_id", pl.lit("/"), "ods_code", pl.lit("/"), "id"),
+            identity=pl.concat_str("supplier_id", pl.lit("/"), "ods_code", pl.lit("/"), "id"),
             claim=pl.concat_str(
                 pl.lit(str(self._generation)), "accepted_offset", "topic", "partition", "offset", "index", "revision",
-                "item_id", "quantity_micros", pl.col("occurred_at").to_physical(),
+                pl.struct("item_id", "quantity_micros", "occurred_at").hash(),
                 separator="/",
             ),
         )  # fmt: skip
-        unclaimed, certain_after = self._claims.claim(named["identity"], named["claim"])
+        unclaimed, certain_after = self._claims.claim(partition, named["identity"], named["claim"])
         # A later revision may lie on another day than the first: only the ledger knows.
         return unclaimed & (rows["occurred_at"] >= certain_after) & (rows["revision"] == 0)
 

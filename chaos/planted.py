@@ -43,14 +43,14 @@ def _claim_without_position() -> None:
     claim, rows_of = Claims.claim, Usage._rows
     fresh = pl.Series(dtype=pl.Boolean)
 
-    def remember(self: Any, identities: Any, claims: Any) -> Any:
+    def remember(self: Any, partition: int, identities: Any, claims: Any) -> Any:
         nonlocal fresh
-        fresh, after = claim(self, identities, claims)
+        fresh, after = claim(self, partition, identities, claims)
         return fresh, after
 
     def without_claimed(self: Any, batch: Any) -> Any:
         rows, again = rows_of(self, batch)
-        self._certainly_new(rows)
+        self._certainly_new(rows, batch.partition)
         claimed = rows.filter(~fresh & (rows["revision"] == 0)).select(_IDENTITY).unique()
         known = self._context.ledger.known_usage(claimed, self._generation, batch.first_offset)
         lost = claimed.join(rows.filter(fresh), on=_IDENTITY, how="anti").join(known, on=_IDENTITY, how="anti")

@@ -14,6 +14,8 @@ class Agent(ABC):
     """One agent.  `role` names its worker and, as `tribill-<role>`, its consumer group."""
 
     role: ClassVar[str]
+    #: So many of it share a worker's partitions out, so that one has work while another waits for a sink.
+    lanes: ClassVar[int] = 1
     #: `idle` is called so often while no batch is in hand; 0: never.
     idle_seconds: ClassVar[float] = 0
 

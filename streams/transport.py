@@ -50,6 +50,15 @@ class _Thread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]  # faust is 
         consumer._isolation_level = "read_committed"
         return consumer
 
+    async def _fetch_records(self, consumer: Any, *arguments: Any, **options: Any) -> Any:
+        fetched = await super()._fetch_records(consumer, *arguments, **options)
+        # The partitions take turns: else one is read until nothing fetched of it is left.
+        waiting = consumer._fetcher._records
+        for tp in fetched:
+            if tp in waiting:
+                waiting[tp] = waiting.pop(tp)
+        return fetched
+
     def highwater(self, tp: TP) -> int | None:
         """Where a partition ends for us: what lies behind the beginning of an open transaction can't be read yet."""
         end: int | None = self._ensure_consumer().last_stable_offset(tp)

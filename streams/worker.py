@@ -1,4 +1,7 @@
-"""The worker of one role: a Faust app whose agent does a partition's batches in order.
+"""The worker of one role: a Faust app whose agents do each partition's batches in order.
+
+A role may have several lanes, each an agent with connections of its own, which share the partitions out:
+while one waits for a sink another has work.
 
 The order of steps for every batch, and what is left when each fails:
 
@@ -18,7 +21,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import faust
@@ -99,13 +102,22 @@ class _App(faust.App):  # type: ignore[misc]  # faust is untyped
         """Faust's folders are for its tables, which nothing here uses."""
 
 
-class Worker:
-    """Runs an agent in a Faust worker until SIGTERM."""
+class _Lane:
+    """An agent, and the batches that wait for it: it does one at a time."""
 
-    def __init__(self, agent: Agent, settings: Settings) -> None:
+    def __init__(self, agent: Agent) -> None:
         self.agent = agent
-        self.settings = settings
         self.in_hand_since: float | None = None
+        self.waiting: asyncio.Queue[Any] = asyncio.Queue(1)
+
+
+class Worker:
+    """Runs the agents of a role, one a lane, in a Faust worker until SIGTERM."""
+
+    def __init__(self, agents: Sequence[Agent], settings: Settings) -> None:
+        self.agent = agents[0]
+        self.settings = settings
+        self._lanes = [_Lane(each) for each in agents]
         self._progress = Progress(STUCK_SECONDS)
         self._broker = Broker(settings)
         self.app = self._new_app()
@@ -166,8 +178,11 @@ class Worker:
         topics = app.topic(*self.agent.topics(), value_serializer="raw", key_serializer="raw")
 
         async def work(stream: Any) -> None:
-            async for event in stream.noack().events():
-                await self._do(event)
+            async with asyncio.TaskGroup() as group:
+                for lane in self._lanes:
+                    group.create_task(self._work(lane))
+                async for event in stream.noack().events():
+                    await self._lanes[event.message.partition % len(self._lanes)].waiting.put(event)
 
         app.agent(topics, name=self.agent.role)(work)
         if self.agent.idle_seconds:
@@ -176,21 +191,33 @@ class Worker:
         self._serve(app)
         return app
 
-    async def _do(self, event: Any) -> None:
+    @property
+    def in_hand_since(self) -> float | None:
+        """Since when the oldest batch is in hand; None: there is none."""
+        return min((lane.in_hand_since for lane in self._lanes if lane.in_hand_since is not None), default=None)
+
+    async def _work(self, lane: _Lane) -> None:
+        while True:
+            event = await lane.waiting.get()
+            # Faust skips what it fetched before a rebalance; so is what has waited here: it is fetched again.
+            if event.message.generation_id == self.app.consumer_generation_id:
+                await self._do(lane, event)
+
+    async def _do(self, lane: _Lane, event: Any) -> None:
         message = event.message
         batch = Batch(message.topic, message.partition, message.value)
-        self.in_hand_since = started = time.monotonic()
+        lane.in_hand_since = started = time.monotonic()
         attempt = 0
         with structlog.contextvars.bound_contextvars(
             agent=self.agent.role, topic=batch.topic, partition=batch.partition, offset=batch.first_offset
         ):
             while True:
                 try:
-                    await asyncio.to_thread(self.agent.do, batch)
+                    await asyncio.to_thread(lane.agent.do, batch)
                     break
                 except NotYet as reason:
                     # Waiting for others is no sign of being stuck.
-                    self.in_hand_since = time.monotonic()
+                    lane.in_hand_since = time.monotonic()
                     log.debug("waiting", reason=str(reason))
                     await asyncio.sleep(WAIT_SECONDS)
                 except SINK_ERRORS as error:
@@ -207,7 +234,7 @@ class Worker:
         self.app.consumer.finish(tp, batch.end_offset)
         event.ack()
         await self.app.consumer.commit({tp})
-        self.in_hand_since = None
+        lane.in_hand_since = None
         metrics.BATCH_SECONDS.labels(self.agent.role).observe(time.monotonic() - started)
         metrics.WATERMARK.labels(self.agent.role, batch.topic, str(batch.partition)).set(
             batch.records[-1].timestamp / 1000
@@ -252,7 +279,7 @@ class Worker:
         @app.page("/health")  # type: ignore[untyped-decorator]
         async def show_health(web: Any, request: Any) -> Any:
             now = time.monotonic()
-            in_hand = now - self.in_hand_since if self.in_hand_since is not None else 0.0
+            in_hand = now - (self.in_hand_since or now)
             standing = self._progress.stuck(now)
             stuck = in_hand > STUCK_SECONDS or bool(standing)
             found = {"stuck": stuck, "in_hand_seconds": round(in_hand), "partitions_standing_still": standing}

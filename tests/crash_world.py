@@ -200,8 +200,8 @@ class FusedClaims(Claims):
 
     fuse: Fuse
 
-    def claim(self, identities: pl.Series, claims: pl.Series) -> Any:
-        return self.fuse.call("claim", lambda: super(FusedClaims, self).claim(identities, claims))
+    def claim(self, partition: int, identities: pl.Series, claims: pl.Series) -> Any:
+        return self.fuse.call("claim", lambda: super(FusedClaims, self).claim(partition, identities, claims))
 
 
 class FusedContext(Context):

@@ -50,4 +50,4 @@ class Recorder(Agent):
 
 
 if __name__ == "__main__":
-    raise SystemExit(Worker(Recorder(Path(sys.argv[1]), sys.argv[2]), Settings.load()).run())
+    raise SystemExit(Worker([Recorder(Path(sys.argv[1]), sys.argv[2])], Settings.load()).run())

@@ -347,7 +347,7 @@ def test_a_claim_that_has_expired(new_world: NewWorld, said_again: str) -> None:
         world.say(line)
     world.drain(AT_WORK)
     claims = redis_client.Redis.from_url(world.settings.redis)
-    keys = claims.keys("u:*")
+    keys = claims.keys("tribill:claims:*:*:*")
     assert keys
     claims.delete(*keys)
     world.say(used("u1", recent, "4", revision=1 if said_again == "another revision" else 0))

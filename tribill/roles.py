@@ -82,4 +82,5 @@ def run_worker(role: str, settings: Settings) -> int:
     context = Context(role, settings)
     agent = ROLES[role](context)
     check_start(agent, context)
-    return Worker(agent, settings).run()
+    others = [ROLES[role](Context(role, settings)) for _ in range(agent.lanes - 1)]
+    return Worker([agent, *others], settings).run()
