@@ -115,8 +115,10 @@ class Claims:
         of them has done, and claimed, all that lies before it.
         """
         try:
-            first = self._life()
-            age = first.now // self._keep_seconds
+            life = self._life()
+            if life.emptied and self._ledger_is_empty():
+                self._complete(life)
+            age = life.now // self._keep_seconds
             key = f"{self._key}:{partition}:{age}"
             fields = _words(identities)
             found = self._found([f"{self._key}:{partition}:{age - 1}", key], fields)
@@ -124,25 +126,25 @@ class Claims:
             self._set(key, pl.select(pl.concat_str(fields, _words(claims))).to_series().filter(unclaimed))
             self._redis.expireat(key, (age + 2) * self._keep_seconds + _LINGER_SECONDS)
             self._redis.unlink(f"{self._key}:{partition}:{age - 2}")
-            # Asked again: a store that lost claims meanwhile says so here.
-            since = max(first.since, self._life().since)
-            if first.emptied and since == first.since and self._ledger_is_empty() and self._is_complete(first):
-                # Nothing was ever claimed before: a new installation, not an emptied store.
-                since = 0
+            # Asked again: a store that lost claims before or meanwhile says so now.
+            since = self._life().since
         except RedisError as error:
             raise ClaimsUnavailable(f"Redis: {error}") from error
         if self._never_certain:
             return unclaimed, datetime.max.replace(tzinfo=UTC)
-        certain_after = max(datetime.fromtimestamp(since, UTC), datetime.fromtimestamp(first.now, UTC) - self._window)
+        certain_after = max(datetime.fromtimestamp(since, UTC), datetime.fromtimestamp(life.now, UTC) - self._window)
         return unclaimed, certain_after + _AHEAD
 
     def _life(self) -> _Life:
         since, emptied, now, run = self._redis.eval(_LIFE, 1, self._key)
         return _Life(since, bool(emptied), now, run)
 
-    def _is_complete(self, life: _Life) -> bool:
-        """Notes that the store has had every claim from the beginning, if it has not lost them since."""
-        return bool(self._redis.eval(_COMPLETE, 1, self._key, life.run, life.since))
+    def _complete(self, life: _Life) -> None:
+        """Notes that the store has had every claim from the beginning, if it has not lost them since.
+
+        Nothing was ever claimed before: a new installation, not an emptied store.
+        """
+        self._redis.eval(_COMPLETE, 1, self._key, life.run, life.since)
 
     def _found(self, keys: Sequence[str], fields: pl.Series) -> pl.Series:
         """For each field whether any of the hashes has it."""

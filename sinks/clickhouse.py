@@ -58,7 +58,8 @@ class ClickHouse:
     def insert_arrow(self, table: str, rows: pa.Table) -> None:
         """Inserts an Arrow table as one block; returns when it is durable."""
         if rows.num_rows:
-            self._call("insert_arrow", table, rows, settings={"async_insert": 0})
+            # Rows that repeat collapse in a merge, as those of different blocks do: no need to look for them now.
+            self._call("insert_arrow", table, rows, settings={"async_insert": 0, "optimize_on_insert": 0})
 
     def exists(self) -> bool:
         """Whether the database and its ledger are there."""
