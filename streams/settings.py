@@ -55,7 +55,7 @@ class Settings:
     #: Parties that nobody has described are invented, and every document is marked SPECIMEN (a trial).
     specimen: bool = False
     #: At most so many records are handed to an agent at once.
-    batch_records: int = 20_000
+    batch_records: int = 100_000
     #: A usage record above this size is refused.
     record_max_bytes: int = 8_388_608
     #: Where a worker serves /metrics, /health and /ready; and the address it binds to.

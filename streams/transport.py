@@ -12,7 +12,6 @@ rebalance.  So what is committed is only what an agent has said to be finished, 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from aiokafka.errors import IllegalStateError
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 
-#: An agent is handed at most so many bytes of values at once, or one record.
+#: An agent is handed no more records at once when their values have so many bytes.
 BATCH_BYTES = 16 * 1024 * 1024
 
 
@@ -52,7 +51,29 @@ class _Records(fetcher.PartitionRecords):  # type: ignore[misc]  # aiokafka is u
         return record
 
 
-fetcher.PartitionRecords = _Records
+class _Fetched(fetcher.FetchResult):  # type: ignore[misc]
+    """What a fetch has of a partition, handed over in parts of a bounded size."""
+
+    _partition_records: Any
+
+    def getall(self, max_records: int | None = None) -> list[Any]:
+        """The next records.  What was fetched may have been packed very small: it is unpacked as it is needed."""
+        if not self.check_assignment(self._topic_partition) or not self.has_more():
+            return []
+        records: list[Any] = []
+        size = 0
+        for record in self._partition_records:
+            records.append(record)
+            size += len(record.value or b"")
+            if size >= BATCH_BYTES or len(records) == max_records:
+                self._update_position()
+                return records
+        self._update_position()
+        self._partition_records = None
+        return records
+
+
+fetcher.PartitionRecords, fetcher.FetchResult = _Records, _Fetched
 
 
 class _Thread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]  # faust is untyped
@@ -63,15 +84,6 @@ class _Thread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]  # faust is 
         # Faust also reads what a producer's transaction took back, unless it writes in some itself.
         consumer._isolation_level = "read_committed"
         return consumer
-
-    async def _fetch_records(self, consumer: Any, *arguments: Any, **options: Any) -> Any:
-        fetched = await super()._fetch_records(consumer, *arguments, **options)
-        # The partitions take turns: else one is read until nothing fetched of it is left.
-        waiting = consumer._fetcher._records
-        for tp in fetched:
-            if tp in waiting:
-                waiting[tp] = waiting.pop(tp)
-        return fetched
 
     def highwater(self, tp: TP) -> int | None:
         """Where a partition ends for us: what lies behind the beginning of an open transaction can't be read yet."""
@@ -106,9 +118,9 @@ class Consumer(driver.Consumer):  # type: ignore[misc]  # faust is untyped
 
     async def _getmany(self, active_partitions: set[TP] | None, timeout: float) -> dict[TP, list[Folded]]:
         fetched = await super()._getmany(active_partitions, timeout)
-        folded = {tp: [_fold(tp, part) for part in _parts(records)] for tp, records in fetched.items() if records}
-        for tp, messages in folded.items():
-            self._handed[tp] = messages[-1].offset + 1
+        folded = {tp: [_fold(tp, records)] for tp, records in fetched.items() if records}
+        for tp, (message,) in folded.items():
+            self._handed[tp] = message.offset + 1
         if not folded:
             await self._commit_past_markers(active_partitions or set())
         return folded
@@ -138,17 +150,6 @@ class Consumer(driver.Consumer):  # type: ignore[misc]  # faust is untyped
 
     async def _add_gap(self, tp: TP, offset_from: int, offset_to: int) -> None:
         """Gaps are the rule between folded messages; there is nothing to wait for in them."""
-
-
-def _parts(records: list[Any]) -> Iterator[list[Any]]:
-    """Records in parts of a bounded size: what is fetched may have been packed very small."""
-    begin = size = 0
-    for place, length in enumerate([len(record.value or b"") for record in records]):
-        if place > begin and size + length > BATCH_BYTES:
-            yield records[begin:place]
-            begin, size = place, 0
-        size += length
-    yield records[begin:]
 
 
 def _fold(tp: TP, records: list[Any]) -> Folded:

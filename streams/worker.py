@@ -168,7 +168,8 @@ class Worker:
             broker_heartbeat_interval=settings.session_timeout_seconds / 6,
             broker_request_timeout=max(40.0, settings.session_timeout_seconds + 10.0),
             broker_max_poll_records=settings.batch_records,
-            consumer_max_fetch_size=8 * 1024 * 1024,
+            # Of a partition.  While a batch is done the next is fetched, so larger ones only wait for each other.
+            consumer_max_fetch_size=4 * 1024 * 1024,
             # A partition whose leader was not known, as just after a broker's restart, rests until this has passed.
             consumer_metadata_max_age_ms=10_000,
             consumer_auto_offset_reset="earliest",
