@@ -67,14 +67,14 @@ def _commit_before_insert() -> None:
 
     do = Worker._do
 
-    async def commit_first(self: Any, event: Any) -> None:
+    async def commit_first(self: Any, lane: Any, event: Any) -> None:
         message = event.message
         place = TP(message.topic, message.partition)
         self.app.consumer.finish(place, message.value[-1].offset + 1)
         event.ack()
         await self.app.consumer.commit({place})
         with mock.patch.object(event, "ack"):
-            await do(self, event)
+            await do(self, lane, event)
 
     Worker._do = commit_first  # type: ignore[method-assign]
 

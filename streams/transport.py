@@ -22,6 +22,7 @@ from faust.types import TP
 
 #: An agent is handed no more records at once when their values have so many bytes.
 BATCH_BYTES = 16 * 1024 * 1024
+_NONE = TP("", -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,18 @@ class _Thread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]  # faust is 
         consumer._isolation_level = "read_committed"
         return consumer
 
+    def wake(self) -> None:
+        """Has whoever waits for records look again."""
+        if self._consumer is None:
+            return
+        fetching = self._consumer._fetcher
+
+        def notify() -> None:
+            for waiter in fetching._fetch_waiters:
+                fetching._notify(waiter)
+
+        self.thread_loop.call_soon_threadsafe(notify)
+
     def highwater(self, tp: TP) -> int | None:
         """Where a partition ends for us: what lies behind the beginning of an open transaction can't be read yet."""
         end: int | None = self._ensure_consumer().last_stable_offset(tp)
@@ -101,28 +114,55 @@ class Consumer(driver.Consumer):  # type: ignore[misc]  # faust is untyped
         self._handed: dict[TP, int] = {}
         self._done: dict[TP, int] = {}
         self._finished: dict[TP, int] = {}
+        #: Of which partitions records may be handed over.
+        self._wanted: set[TP] = set()
 
     def finish(self, tp: TP, end_offset: int) -> None:
         """Says that all records of a partition before an offset are done; `commit` tells the broker."""
         self._done[tp] = self._finished[tp] = end_offset
+        if not self._is_in_hand(tp):
+            self._wanted.add(tp)
+            self._thread.wake()
+
+    def _is_in_hand(self, tp: TP) -> bool:
+        """Whether a batch of the partition is in hand or waits: so long its next stays with the fetcher."""
+        handed = self._handed.get(tp)
+        return handed is not None and handed != self._done.get(tp)
+
+    def on_buffer_full(self, tp: TP) -> None:
+        """Faust would leave a partition out until no batch of any waits: one that never rests starves all others."""
+
+    def on_buffer_drop(self, tp: TP) -> None:
+        """See on_buffer_full."""
 
     async def on_partitions_revoked(self, revoked: set[TP]) -> None:
         """What was done but not committed is its next owner's to read again."""
-        for tp in revoked:
+        self._forget(revoked)
+        await super().on_partitions_revoked(revoked)
+
+    async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
+        """What was handed over before comes again."""
+        self._forget(assigned)
+        await super().on_partitions_assigned(assigned, generation_id)
+
+    def _forget(self, partitions: set[TP]) -> None:
+        for tp in partitions:
             for known in (self._handed, self._done, self._finished):
                 known.pop(tp, None)
-        await super().on_partitions_revoked(revoked)
 
     def _new_consumer_thread(self) -> _Thread:
         return _Thread(self, loop=self.loop, beacon=self.beacon)
 
     async def _getmany(self, active_partitions: set[TP] | None, timeout: float) -> dict[TP, list[Folded]]:
-        fetched = await super()._getmany(active_partitions, timeout)
+        active = active_partitions or set()
+        # The fetcher takes no partition at all for all of them.
+        self._wanted = {tp for tp in active if not self._is_in_hand(tp)} | {_NONE}
+        fetched = await super()._getmany(self._wanted, timeout)
         folded = {tp: [_fold(tp, records)] for tp, records in fetched.items() if records}
         for tp, (message,) in folded.items():
             self._handed[tp] = message.offset + 1
         if not folded:
-            await self._commit_past_markers(active_partitions or set())
+            await self._commit_past_markers(active)
         return folded
 
     async def _commit_past_markers(self, partitions: set[TP]) -> None:
@@ -131,9 +171,8 @@ class Consumer(driver.Consumer):  # type: ignore[misc]  # faust is untyped
         Otherwise a close would wait for ever for a log that ends with one.
         """
         for tp in list(partitions):  # Faust changes its set meanwhile
-            handed = self._handed.get(tp)
-            if handed is not None and handed != self._done.get(tp):
-                continue  # a batch is in hand, or waits
+            if self._is_in_hand(tp):
+                continue
             try:
                 position = await asyncio.wait_for(self.position(tp), 1)
             except (IllegalStateError, TimeoutError):

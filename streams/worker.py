@@ -111,7 +111,8 @@ class _Lane:
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
         self.in_hand_since: float | None = None
-        self.waiting: asyncio.Queue[Any] = asyncio.Queue(1)
+        #: At most one of each partition (streams.transport).
+        self.waiting: asyncio.Queue[Any] = asyncio.Queue()
 
 
 class Worker:
@@ -174,7 +175,6 @@ class Worker:
             consumer_metadata_max_age_ms=10_000,
             consumer_auto_offset_reset="earliest",
             stream_wait_empty=False,
-            stream_buffer_maxsize=2,
             web_enabled=True,
             web_bind=settings.bind,
             web_port=settings.worker_port,
