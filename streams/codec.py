@@ -26,6 +26,8 @@ from streams.settings import Settings
 
 _MICRO = Decimal("0.000001")
 _HEADER = struct.Struct(">bI")
+#: How gzip, xerial's snappy, lz4 and zstd begin: what `streams.unfolding` hands over in place of a batch's records.
+_COMPRESSED = (b"\x1f\x8b", b"\x82SNAPPY", b"\x04\x22\x4d\x18", b"\x28\xb5\x2f\xfd")
 
 
 class Undecodable(Exception):
@@ -110,6 +112,8 @@ class Codec:
         """The record in these bytes, read with the writer's schema.  Raises Undecodable."""
         if data is None:
             raise Undecodable("the record has no value")
+        if data.startswith(_COMPRESSED):
+            raise Undecodable(f"is compressed ({len(data)} bytes): a batch that could not be unfolded, or is too large")
         if len(data) < _HEADER.size or data[0] != 0:
             raise Undecodable(
                 f"does not begin with the zero byte and schema id of the Confluent wire format ({len(data)} bytes)"

@@ -20,6 +20,8 @@ from aiokafka.errors import IllegalStateError
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 
+from streams.unfolding import bound_unfolding
+
 #: An agent is handed no more records at once when their values have so many bytes.
 BATCH_BYTES = 16 * 1024 * 1024
 _NONE = TP("", -1)
@@ -81,6 +83,7 @@ class _Thread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]  # faust is 
     """The thread that talks to the broker."""
 
     def _create_worker_consumer(self, transport: Any) -> Any:
+        bound_unfolding()
         consumer = super()._create_worker_consumer(transport)
         # Faust also reads what a producer's transaction took back, unless it writes in some itself.
         consumer._isolation_level = "read_committed"

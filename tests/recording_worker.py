@@ -43,7 +43,7 @@ class Recorder(Agent):
 
     def _write(self, what: str, batch: Batch) -> None:
         offsets = [record.offset for record in batch.records]
-        values = [record.value.decode().strip() if record.value else None for record in batch.records]
+        values = [record.value.decode(errors="replace").strip() if record.value else None for record in batch.records]
         line = {"what": what, "pid": os.getpid(), "partition": batch.partition, "offsets": offsets, "values": values}
         with self._file.open("a") as file:
             file.write(json.dumps(line) + "\n")
