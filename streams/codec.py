@@ -26,6 +26,8 @@ from streams.settings import Settings
 
 _MICRO = Decimal("0.000001")
 _HEADER = struct.Struct(">bI")
+#: No record of ours has half of it.
+NESTING_MAX_LEVELS = 32
 #: How gzip, xerial's snappy, lz4 and zstd begin: what `streams.unfolding` hands over in place of a batch's records.
 _COMPRESSED = (b"\x1f\x8b", b"\x82SNAPPY", b"\x04\x22\x4d\x18", b"\x28\xb5\x2f\xfd")
 
@@ -193,7 +195,15 @@ def read_json(data: bytes | None) -> dict[str, Any] | None:
         json.dumps(value, ensure_ascii=False).encode()  # lone surrogates are no text that can be kept
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    return value if isinstance(value, dict) and is_shallow(value) else None
+
+
+def is_shallow(value: object, levels: int = NESTING_MAX_LEVELS) -> bool:
+    """Whether JSON nests no deeper than anything of ours; what does would exhaust whoever looks into it."""
+    if not isinstance(value, (dict, list)):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return levels > 0 and all(is_shallow(each, levels - 1) for each in inner)
 
 
 @cache

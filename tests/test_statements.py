@@ -226,7 +226,7 @@ def test_every_statement_is_ours() -> None:
         "def find(store, code):\n    return store.query('SELECT 1 WHERE id = ' + code)",
         "def find(store, code):\n    return store.query('SELECT 1 WHERE id = %s' % code)",
         "def find(store, code):\n    return store.query('SELECT 1 WHERE id = {}'.format(code))",
-        "def find(store, line):\n    statement = 'SELECT 1'\n    statement += line.text\n    return store.query(statement)",
+        "def find(store, line):\n    statement = 'SELECT 1'\n    statement += line.text\n    store.query(statement)",
         "def find(store):\n    for row in store.rows():\n        store.command(f'DROP TABLE {row}')",
         "import os\ndef find(store):\n    store.command(os.environ['STATEMENT'])",
         "def made(code):\n    return f'SELECT {code}'\ndef find(store, code):\n    store.query(made(code))",

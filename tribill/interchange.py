@@ -19,7 +19,7 @@ from rating.calendar import parse_month
 from rating.records import Refused
 from sinks.clickhouse import ClickHouse
 from sinks.dead_letters import DeadLetter, DeadLetters
-from streams.codec import Codec, from_interchange
+from streams.codec import NESTING_MAX_LEVELS, Codec, from_interchange, is_shallow
 from streams.producer import Outbox
 from streams.settings import Settings
 from streams.topics import (
@@ -82,6 +82,8 @@ def _parse(path: Path, number: int, text: bytes) -> Line:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         return Line(str(path), number, text, reason=f"is no JSON: {error}")
+    if not is_shallow(value):
+        return Line(str(path), number, text, reason=f"is nested deeper than {NESTING_MAX_LEVELS} levels")
     if not isinstance(value, dict):
         return Line(str(path), number, text, reason='is no JSON object such as {"topic": ..., "value": ...}')
     if "close" in value:

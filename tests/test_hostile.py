@@ -1,0 +1,208 @@
+"""Whatever anybody sends: each record is billed, in suspense or a dead letter, and no agent dies of it (promise 8).
+
+The records go through the real agents over stores in memory (`tests/simulation`), so that thousands do; what
+depends on how ClickHouse and Redis take a text is in `tests/test_hostile_ids.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from streams.codec import NESTING_MAX_LEVELS, fixed_ids, from_interchange
+from streams.topics import CONTRACT_CHANGES, PERIOD_EVENTS, REFERENCE_CHANGES, USAGE
+from tests.rich_book import BOOK
+from tests.simulation.check import agreed, closes, straight
+from tests.simulation.world import CALM, World
+
+INPUTS = (USAGE, "usage.10000", CONTRACT_CHANGES, REFERENCE_CHANGES, PERIOD_EVENTS)
+MANY = settings(
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    max_examples=int(os.environ.get("TRIBILL_HOSTILE_EXAMPLES", "20")),
+)
+NASTY: list[Any] = [
+    None, "", [], {}, True, 0, -1, 2**63, 10**400, 1.5, float("nan"), "NaN", "Infinity", "-0", "1e9", "1" * 400,
+    "\x00", "a\x00b", "'; DROP TABLE usage; --", '"', "\\", "`", "%s%n", "{0}", "{id:String}", "\r\n$3\r\nGET\r\n",
+    "=cmd|'/c calc'!A1", "\u202e", "\ud800", "\ufeff", "9999-12-31", "0001-01-01", "2026-02-30", "24:00:00",
+    "2026-04-01T10:00:00", "2026-04-01T10:00:00+14:00", "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00",
+    "x" * 5_000, [[]], [None], {"": None}, {"Retracted": {}}, {"OrderPlaced": None},
+]  # fmt: skip
+
+
+def world_of(book: list[Any]) -> World:
+    """An installation that nothing goes wrong with but what it is sent."""
+    return World([*book, {"close": "2026-04"}], 0, CALM)
+
+
+def bytes_of(world: World, topic: str, value: Any) -> bytes:
+    """A line's value as a publisher sends it: encoded, or as the JSON it is."""
+    names = {CONTRACT_CHANGES: "ContractChange", REFERENCE_CHANGES: "ReferenceChange"}
+    name = names.get(topic, "Usage")
+    if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in ("UsageBatch", "UsageComplete"):
+        ((name, value),) = value.items()
+    try:
+        return world.codec.encode(name, from_interchange(name, value))
+    except Exception:
+        return json.dumps(value).encode()
+
+
+def paths(value: Any, before: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in a JSON value."""
+    yield before
+    for key, each in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from paths(each, (*before, key))
+
+
+@st.composite
+def spoilt(draw: Any) -> tuple[str, Any]:
+    """A line of a good book with something nasty somewhere in it."""
+    line = copy.deepcopy(draw(st.sampled_from([line for line in BOOK if "close" not in line])))
+    for _ in range(draw(st.integers(1, 2))):
+        *way, last = draw(st.sampled_from(list(paths(line["value"]))[1:]))
+        inner = line["value"]
+        for key in way:
+            inner = inner[key]
+        nasty = copy.deepcopy(draw(st.sampled_from(NASTY)))
+        if isinstance(inner, dict) and draw(st.integers(0, 9)) == 0:
+            inner.pop(last, None)
+        elif isinstance(inner, (dict, list)) and not (isinstance(inner, list) and last >= len(inner)):
+            inner[last] = nasty
+        if not isinstance(line["value"], dict):
+            break
+        if any(not isinstance(each, (dict, list)) for each in [line["value"]]):
+            break
+    return line["topic"].replace("10030", "10000"), line["value"]
+
+
+raw = st.one_of(
+    st.none(),
+    st.binary(max_size=60),
+    st.builds(
+        lambda number, body: b"\0" + number.to_bytes(4, "big") + body,
+        st.sampled_from([*fixed_ids().values(), 0, 99, 2**32 - 1]),
+        st.binary(max_size=80),
+    ),
+    st.builds(lambda value: json.dumps(value).encode(), st.recursive(
+        st.sampled_from(NASTY), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+            st.sampled_from(["id", "code", "order_number", "change", "UsageBatch", "usages"]), inner, max_size=4
+        ), max_leaves=8,
+    )),
+)  # fmt: skip
+
+
+@MANY
+@given(
+    st.lists(spoilt(), max_size=8),
+    st.lists(
+        st.tuples(st.sampled_from(INPUTS), st.sampled_from([None, b"A83006", b"C010001", b"\xff"]), raw), max_size=8
+    ),
+    st.randoms(use_true_random=False),
+)
+def test_whatever_is_sent(lines: list[tuple[str, Any]], others: list[Any], random: Any) -> None:
+    """An agent would die of a record, each time that it is started again."""
+    world = world_of([])
+    sent = []
+    for topic, value in lines:
+        key = value.get("order_number") or value.get("code") if isinstance(value, dict) else None
+        key = key.encode(errors="replace") if isinstance(key, str) else None
+        sent.append((topic, bytes_of(world, topic, value), key))
+    sent += [(topic, value, key) for topic, key, value in others]
+    random.shuffle(sent)
+    for topic, value, key in sent:
+        world.log.append(topic, value, key, 0 if topic == PERIOD_EVENTS else -1)
+    world.play()
+    agreed(world)
+    letters = {row[2:5] for row in world.sinks.tables.get("dead_letters", [])}
+    kept = {(row["topic"], row["partition"], row["offset"]) for row in world.sinks.ledger.usage}
+    for (topic, partition), records in world.log.records.items():
+        for record in records if topic.startswith("usage") and topic != "usage-accepted" else ():
+            place = (topic, partition, record.offset)
+            assert place in letters | kept or _is_empty_batch(world, record.value) or _is_again(world, record.value)
+
+
+def _is_empty_batch(world: World, value: bytes) -> bool:
+    return not world.codec.decode(value, ("Usage", "UsageBatch")).value.get("usages", True)
+
+
+def _is_again(world: World, value: bytes) -> bool:
+    """Whether a reading is one that is kept, said before."""
+    decoded = world.codec.decode(value, ("Usage", "UsageBatch")).value
+    ids = {each["id"] for each in decoded.get("usages", [decoded])}
+    return ids <= {row["id"] for row in world.sinks.ledger.usage}
+
+
+@pytest.mark.parametrize("topic", INPUTS)
+@pytest.mark.parametrize("inner", ["[", '{"a":'])
+def test_nesting_at_the_limit_of_the_stack(topic: str, inner: str) -> None:
+    """There is a depth that the reader of JSON still takes, and whoever looks at it no more."""
+    world = world_of([])
+    close = "]" if inner == "[" else "}"
+    depths = [1, NESTING_MAX_LEVELS, 100, *range(960, 1_000)]
+    for depth in depths:
+        nested = f"{inner * depth}1{close * depth}"
+        for text in (f'{{"id": {nested}}}', f'{{"UsageBatch": {{"usages": [{nested}]}}}}', f'{{"change": {nested}}}'):
+            world.log.append(topic, text.encode(), None, 0)
+    world.play()
+    letters = [row for row in world.sinks.tables["dead_letters"] if row[2] == topic]
+    assert len(letters) == 3 * len(depths)
+
+
+def test_good_records_among_garbage_are_billed() -> None:
+    """Garbage would take its neighbours with it."""
+    book = [line for line in BOOK if "close" not in line or line["close"] == "2026-04"]
+    book = book[: book.index({"close": "2026-04"}) + 1]
+    for line in book:
+        if "topic" in line:
+            line["topic"] = line["topic"].replace("usage.10030", "usage").replace("usage.10031", "usage")
+    expected = straight(book)
+    world = World(book, 0, CALM)
+    garbage = [b"", b"\0", b"{", b"\xff" * 40, b"\0\0\0\0\1" + b"\xff" * 30, b"{" * 5_000, b"[" * 100_000]
+    for topic in (USAGE, CONTRACT_CHANGES, REFERENCE_CHANGES):
+        for partition in (0, 1):
+            for value in garbage:
+                world.log.append(topic, value, None, partition)
+    world.play()
+    letters = world.sinks.tables["dead_letters"]
+    assert len(letters) - len(expected.refused) >= 6 * len(garbage)
+    for period, (lines, held) in expected.closes.items():
+        assert world.sinks.documents.invoiced[period], period
+        found = closes(world)[period]
+        assert found == (lines, held)
+
+
+def test_a_record_that_is_too_large() -> None:
+    """A batch of ten million readings is larger than any record may be: it would be decoded all the same."""
+    world = world_of([])
+    world.log.append(
+        USAGE, bytes_of(world, USAGE, {"UsageBatch": ONE}) + bytes(world.settings.record_max_bytes), None, 0
+    )
+    world.play()
+    [letter] = world.sinks.tables["dead_letters"]
+    assert "bytes long" in letter[6]
+
+
+def test_the_most_readings_of_a_record() -> None:
+    """The smallest readings that fit one record are half a million: more than a block, an insert and a letter hold."""
+    world = world_of([])
+    [reading] = ONE["usages"]
+    alike = from_interchange("UsageBatch", ONE)["usages"] * 100_000
+    value = from_interchange("UsageBatch", ONE) | {"usages": alike}
+    world.log.append(USAGE, world.codec.encode("UsageBatch", value), None, 0)
+    world.play()
+    assert len(world.sinks.ledger.usage) == 1, reading
+    assert world.sinks.tables.get("dead_letters", []) == []
+
+
+ONE: Any = {
+    "supplier_id": "1",
+    "ods_code": "A",
+    "usages": [{"id": "", "item_id": "1", "quantity": "1", "occurred_at": "2026-04-03T10:00:00Z"}],
+}
