@@ -6,19 +6,23 @@ depends on how ClickHouse and Redis take a text is in `tests/test_hostile_ids.py
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sinks.papers.files import write_paper
 from streams.codec import NESTING_MAX_LEVELS, fixed_ids, from_interchange
 from streams.topics import CONTRACT_CHANGES, PERIOD_EVENTS, REFERENCE_CHANGES, USAGE
-from tests.rich_book import BOOK
+from tests.rich_book import BOOK, BY_PARTY, METERED, contract, ordered, placed, reached, used
 from tests.simulation.check import agreed, closes, straight
 from tests.simulation.world import CALM, World
 
@@ -206,3 +210,44 @@ ONE: Any = {
     "ods_code": "A",
     "usages": [{"id": "", "item_id": "1", "quantity": "1", "occurred_at": "2026-04-03T10:00:00Z"}],
 }
+
+
+UNPRINTABLE = [
+    "\x00", "a\x0bb", "\x1b[2J", "]]>", "<!--", "&lt;", "\ud7ff\ufffe\uffff", "\u202egnp.exe", "=1+1", "../..",
+    "\U0001f600", "a\r\nb",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", UNPRINTABLE)
+def test_documents_of_any_characters(text: str, tmp_path: Path) -> None:
+    """A code that no XML or PDF can carry would stop the files of a whole period."""
+    item, practice, payer, order = f"1{text}", f"P{text}", f"N{text}", f"C{text}"
+    at = METERED | {"unit": text}
+    line = ordered(item, practice, at, [{"payer": payer, "take": {"share": "0.5"}}, *BY_PARTY])
+    credit = {"item_id": item, "amount": "1", "date": "2026-04-12", "reason": text}
+    book = [
+        contract(order, "c1", OrderPlaced=placed(f"{order}-01", f"Q{text}", f"1{text}", line) | {"framework": text}),
+        reached(order, "c2", item, practice, "M1", "2026-04-01"),
+        reached(order, "c3", item, practice, "M2", "2026-04-01"),
+        contract(order, f"c{text}", ServiceCredit=credit),
+        {"topic": USAGE, "value": used(f"u{text}", "2026-04-03", "300", item=item, ods=practice)["value"]
+            | {"supplier_id": f"1{text}"}},
+        {"close": "2026-04"},
+    ]  # fmt: skip
+    world = World(book, 0, CALM)
+    world.settings = replace(world.settings, specimen=True)  # with parties, so that there are e-invoices
+    world.play()
+    agreed(world)
+    contents = world.sinks.documents.contents
+    assert not world.sinks.tables.get("dead_letters"), world.sinks.tables["dead_letters"]
+    bodies = [next(iter(each)) for what, each in contents.items() if what[0] == "document"]
+    bodies += [
+        json.dumps(ast.literal_eval(next(iter(each))))
+        for what, each in contents.items()
+        if len(what) == 3 and what[1] in ("practice", "ordering-party", "supplier", "control")
+    ]
+    assert len(bodies) > 4
+    (tmp_path / "statements").mkdir()
+    written = [path for body in bodies for path in write_paper(tmp_path, body)[0]]
+    assert any(path.suffix == ".xml" for path in written)
+    assert all(path.resolve().is_relative_to(tmp_path.resolve()) and path.stat().st_size for path in written)
