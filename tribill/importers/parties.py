@@ -7,6 +7,7 @@ from typing import Any
 
 from rating.parties import read_party_row
 from rating.records import Refused
+from streams.codec import NESTING_MAX_LEVELS, is_shallow
 from tribill.importers.row import MAX_SHOWN_CHARACTERS, Problem
 
 MAX_BYTES = 64 * 2**20
@@ -47,6 +48,8 @@ def _row(file: str, number: int, line: bytes) -> dict[str, Any] | Problem:
     except (ValueError, RecursionError) as error:
         reason = f"is no line of JSON in UTF-8: {error}"
         return Problem(file, number, "", "", reason)
+    if not is_shallow(row):
+        return Problem(file, number, "", "", f"is nested deeper than {NESTING_MAX_LEVELS} levels")
     try:
         read_party_row(row)
     except Refused as refused:
