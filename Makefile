@@ -6,11 +6,13 @@ KAFKA_JARS = $(or $(TRIBILL_KAFKA_JARS),$(or $(TMPDIR),/tmp)/tribill-kafka-4.1.0
 CHAOS = TRIBILL_KAFKA_JARS=$(KAFKA_JARS) $(BIN)/python -m chaos $(if $(SEED),--seed $(SEED))
 PLANTS = claim-without-position commit-before-insert commit-before-totals delta-instead-of-total no-fencing
 
-.PHONY: help setup demo test lint lock bench bench-latency bench-growth bench-scaling bench-rating bench-publication bench-close bench-recovery pictures chaos chaos-control clean
+.PHONY: help setup demo test simulate fuzz lint lock bench bench-latency bench-growth bench-scaling bench-rating bench-publication bench-close bench-recovery pictures chaos chaos-control clean
 
 help:
 	@echo "make demo   a month of GP IT services, live and closed (ARGS=\"--exit --out DIR\" passes options on)"
 	@echo "make test   set up and pass the tests"
+	@echo "make simulate  agents interleaved in every way, from seeds (MINUTES=n, SEED=n)"
+	@echo "make fuzz   atheris on whatever reads bytes from outside (TARGET=codec|intake|text|interchange|imports SECONDS=n)"
 	@echo "make setup  the environment alone; the command is then .venv/bin/tribill"
 	@echo "make lint   ruff and mypy"
 	@echo "make lock   renew the lock files after a change of dependencies"
@@ -40,6 +42,15 @@ lint: setup
 test: setup lint
 	@$(BIN)/python -m pytest $(ARGS)
 
+simulate: setup
+	@POLARS_MAX_THREADS=1 $(BIN)/python -m tests.simulation $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+fuzz: setup
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --require-hashes \
+		-r tests/fuzz/requirements.lock
+	@for target in $(or $(TARGET),codec intake text interchange imports); do \
+		$(BIN)/python -m tests.fuzz $$target -max_total_time=$(or $(SECONDS),60) -timeout=30 $(ARGS) || exit; done
+
 lock: setup
 	@$(BIN)/python -m uv pip compile --quiet --generate-hashes --universal --python-version 3.11 --no-header \
 		--no-annotate --no-emit-index-url pyproject.toml -o requirements.lock
@@ -47,6 +58,8 @@ lock: setup
 		--no-annotate --no-emit-index-url --extra embedded --extra dev pyproject.toml -o requirements-dev.lock
 	@$(BIN)/python -m uv pip compile --quiet --generate-hashes --universal --python-version 3.11 --no-header \
 		--no-annotate --no-emit-index-url bench/peers/requirements.in -o bench/peers/requirements.lock
+	@$(BIN)/python -m uv pip compile --quiet --generate-hashes --universal --python-version 3.11 --no-header \
+		--no-annotate --no-emit-index-url tests/fuzz/requirements.in -o tests/fuzz/requirements.lock
 
 bench: setup
 	@$(BIN)/python -m bench.usage $(ARGS)
