@@ -42,6 +42,10 @@ def small_book(seed: int) -> list[Line]:
             world.book.append(_usage(source, world, told))
         world.book.append({"close": world.period(number)})
     world.book.append(_usage(source, world, told))
+    topics = {f"usage.{each}" for each in SUPPLIERS}
+    for line in world.book:
+        if line.get("topic", "").startswith("usage.") and line["topic"] not in topics:
+            line["topic"] = "usage"
     return world.book
 
 

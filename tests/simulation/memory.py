@@ -89,10 +89,16 @@ class MemoryLedger:
         rows = [row for row in self._before(generation, accepted_before) if row["ods_code"] in practices]
         return {key: total for key, total in _totals(rows).items() if month_of(key[2]) in months}
 
-    def totals_accepted(self, generation: int, positions: Mapping[str, int]) -> dict[Any, dict[int, int]]:
-        return _by_service(
+    def items(self) -> list[str]:
+        return sorted({row["item_id"] for row in self.usage})
+
+    def totals_accepted(
+        self, generation: int, positions: Mapping[str, int], items: Iterable[str] | None = None
+    ) -> dict[Any, dict[int, int]]:
+        totals = _by_service(
             row for row in self.usage if _counts(row, generation, positions, _accepted(row), row["accepted_offset"])
         )
+        return totals if items is None else {service: days for service, days in totals.items() if service[0] in items}
 
     def totals_at_cut(self, generation: int, cut: Mapping[str, int]) -> dict[Any, dict[int, int]]:
         return _by_service(self._at_cut(generation, cut))
@@ -190,15 +196,40 @@ class MemoryAccruals:
         self.rows: dict[LineMonth, list[tuple[int, int, AccrualRow]]] = {}
         self.said: dict[tuple[int, int, int], tuple[dict[str, int], int]] = {}
         self.drawn: dict[tuple[str, int], list[tuple[int, Fraction, Any]]] = {}
+        #: What each epoch of a partition announced: generation, first and end offset; and where it said positions.
+        self.epochs: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+        self.ended: set[tuple[int, int, int, int]] = set()
 
     def insert(self, rows: Sequence[AccrualRow], at: int, partition: int) -> None:
         for row in rows:
             self.rows.setdefault((row.line, row.month), []).append((at, partition, row))
 
+    def _newest_epoch(self, partition: int) -> int:
+        return max((epoch for of, epoch in self.epochs if of == partition), default=0)
+
+    def _insert_epoch(self, partition: int, epoch: int, generation: int, first: int, end: int) -> None:
+        self.epochs.setdefault((partition, epoch), []).append((generation, first, end))
+
+    def left_by_others(self, partition: int, epoch: int, generation: int, first: int) -> tuple[int, list[int]]:
+        others = []
+        for (of, other), said in self.epochs.items():
+            ours = [(end, began) for life, began, end in said if life == generation and end >= first]
+            if of == partition and other < epoch and ours:
+                others.append((other, *max(ours)))
+        done = [
+            offset
+            for of, life, offset, by in self.ended
+            if (of, life) == (partition, generation) and offset > first and by > 0
+            if not any(other > by and began < offset for other, _, began in others)
+        ]
+        first = max([first, *done])
+        return first, sorted({end for _, end, _ in others if end > first})
+
     def insert_positions(
-        self, partition: int, generation: int, offset: int, positions: Mapping[str, int], horizon: int
+        self, partition: int, generation: int, offset: int, positions: Mapping[str, int], horizon: int, epoch: int = 0
     ) -> None:
         self.said[partition, generation, offset] = (dict(positions), horizon)
+        self.ended.add((partition, generation, offset, epoch))
 
     def horizon(self, partition: int) -> int:
         return max((horizon for (of, _, _), (_, horizon) in self.said.items() if of == partition), default=0)
