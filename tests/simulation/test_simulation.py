@@ -114,7 +114,8 @@ def test_a_planted_bug_is_found(plant: Callable[[], Any]) -> None:
         with plant():
             try:
                 survive(seed)
-            except AssertionError:
+            except AssertionError as error:
+                assert ": AssertionError: " in str(error), f"no check found it: {error}"
                 found += 1
                 break
     assert found, "the bug was not found"
