@@ -108,17 +108,17 @@ def _unclaimed(self: Any, rows: Any) -> Any:
 )
 def test_a_planted_bug_is_found(plant: Callable[[], Any]) -> None:
     """A simulation that passes whatever the agents do shows nothing."""
-    found = 0
     for seed in range(200):
         book_of(seed)  # played without a fault by the agents as they are
         with plant():
             try:
                 survive(seed)
             except AssertionError as error:
-                assert ": AssertionError: " in str(error), f"no check found it: {error}"
-                found += 1
+                said = str(error)
                 break
-    assert found, "the bug was not found"
+    else:
+        pytest.fail("the bug was not found")
+    assert ": AssertionError: " in said, f"no check found it: {said}"
 
 
 def test_a_seed_is_a_history() -> None:
