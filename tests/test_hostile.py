@@ -194,7 +194,7 @@ def test_a_record_that_is_too_large() -> None:
 
 
 def test_the_most_readings_of_a_record() -> None:
-    """The smallest readings that fit one record are half a million: more than a block, an insert and a letter hold."""
+    """A hundred thousand of the smallest readings in one record: more than a block, an insert and a letter hold."""
     world = world_of([])
     [reading] = ONE["usages"]
     alike = from_interchange("UsageBatch", ONE)["usages"] * 100_000

@@ -69,8 +69,9 @@ def test_ids_of_any_characters(stack: EmbeddedStack, window_days: int) -> None:
     [totals] = world.book().usage.values()
     assert sum(totals.values()) == 2_000_000 * len(HOSTILE)
     world.check_state()
-    claimed = {key.decode() for key in redis_client.Redis.from_url(world.settings.redis).keys("u:*")}
-    assert claimed == {f"u:10030/{P1}/{each}" for each in HOSTILE}
+    claims = redis_client.Redis.from_url(world.settings.redis)
+    claimed = {field.decode() for key in claims.keys("tribill:claims:*:*:*") for field in claims.hkeys(key)}
+    assert claimed == {f"10030/{P1}/{each}" for each in HOSTILE}
     world.drop()
 
 

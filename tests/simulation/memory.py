@@ -432,7 +432,7 @@ class MemoryClaims:
         """FLUSHALL."""
         self._claimed = None
 
-    def claim(self, identities: pl.Series, claims: pl.Series) -> tuple[pl.Series, datetime]:
+    def claim(self, partition: int, identities: pl.Series, claims: pl.Series) -> tuple[pl.Series, datetime]:
         if self._claimed is None:
             self._claimed, self._complete = set(), self._ledger_is_empty()
         unclaimed = []

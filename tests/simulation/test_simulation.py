@@ -40,7 +40,7 @@ def claim_without_position() -> Any:
     judge = Usage._judge
 
     def drop(self: Any, rows: Any, batch: Any) -> Any:
-        return judge(self, rows.filter(self._certainly_new(rows) | (rows["revision"] > 0)), batch)
+        return judge(self, rows.filter(self._certainly_new(rows, batch.partition) | (rows["revision"] > 0)), batch)
 
     return mock.patch.object(Usage, "_judge", drop)
 
@@ -89,9 +89,9 @@ def nothing_of_the_ledger_is_asked() -> Any:
     return mock.patch.object(Usage, "_certainly_new", _unclaimed)
 
 
-def _unclaimed(self: Any, rows: Any) -> Any:
+def _unclaimed(self: Any, rows: Any, partition: int) -> Any:
     claims = rows.select(identity=rows["supplier_id"] + "/" + rows["ods_code"] + "/" + rows["id"])["identity"]
-    return self._claims.claim(claims, claims)[0]
+    return self._claims.claim(partition, claims, claims)[0]
 
 
 @pytest.mark.parametrize(
