@@ -7,12 +7,18 @@ what each would draw on an allocation to `funding-inputs`.
 The order of steps for a batch:
 
 1. The inputs are applied to the state of the partition.  The state holds for one offset; for any
-   other it is read from the ledger at the positions that the accruals counted at that offset.
-2. The lines touched are rated, and the rows that changed are inserted, with the batch's end as
-   their version.  If the process dies after this, the batch is read again and gives the same rows.
-3. The positions that the accruals now count are inserted.
-4. What changed goes to `funding-inputs` and `accruals`, and the broker acknowledges both.  Only
-   then is the batch.
+   other a new epoch begins, and it is read from the ledger at the positions counted at that offset.
+2. The lines touched are rated.  The batch's end is announced, and if no newer epoch has begun, the
+   rows that changed are inserted, with that end as their version.  If the process dies after this,
+   the batch is read again and gives the same rows.
+3. What changed goes to `funding-inputs` and `accruals`, and the broker acknowledges both.
+4. The positions that the accruals now count are inserted.  If no newer epoch has begun meanwhile,
+   the batch is done.
+
+A worker that has lost its partition may write late what it announced before its successor's epoch
+began.  So the successor, which sees that, ends a batch at the same offset: whatever rows the other
+writes are the successor's own or older, for each says what is at its version, and whatever changed
+between two ends is written at the later one.
 """
 
 from __future__ import annotations
@@ -57,7 +63,7 @@ from sinks import metrics
 from sinks.accruals import AccrualRow, Accruals, fraction_text, group_json
 from sinks.positions import place_text, version
 from streams.agent import Agent
-from streams.batch import Batch, Record
+from streams.batch import Batch, NotYet, Record
 from streams.topics import (
     ACCRUALS,
     CHARGE_INPUTS,
@@ -98,8 +104,11 @@ class State:
     list_sizes: set[tuple[str, int]] = field(default_factory=set)
     used: dict[Service, set[int]] = field(default_factory=dict)
     horizon: int = 0
-    #: Rows of up to this version may stand that another life of this state has written.
-    known_from: int = 0
+    #: Where the batch in hand began.
+    since: int = 0
+    epoch: int = 0
+    #: Where those that held the partition before may have ended batches: it ends some there, too.
+    ends: list[int] = field(default_factory=list)
 
 
 class Charges(Agent):
@@ -122,16 +131,20 @@ class Charges(Agent):
 
     def do(self, batch: Batch) -> None:
         """Does a batch; see the steps above."""
+        partition = batch.partition
         with self._lock:
-            state = self._states.pop(batch.partition, None)
-            if state is None or state.offset != batch.first_offset:
-                state = restore(self._context, batch.partition, batch.first_offset)
+            state = self._states.pop(partition, None)
+            if state is None or state.offset < batch.first_offset:
+                state = self._take_over(partition, batch.first_offset)
             for record in batch.records:
-                self._apply(record, state, batch.partition)
-            state.offset = batch.end_offset
-            with collector_paused():
-                self._flush(state, batch.partition)
-            self._states[batch.partition] = state
+                if record.offset < state.offset:
+                    continue  # done before, by this worker or another
+                if state.ends and state.ends[0] <= record.offset:
+                    self._end_batch(state, partition, state.ends[0])
+                self._apply(record, state, partition)
+            if state.offset < batch.end_offset:
+                self._end_batch(state, partition, batch.end_offset)
+            self._states[partition] = state
         metrics.RECORDS.labels(self.role, "accepted").inc(len(batch.records))
 
     def idle(self, committed: Mapping[Place, int]) -> None:
@@ -139,13 +152,30 @@ class Charges(Agent):
         with self._lock:
             for (_, partition), offset in committed.items():
                 state = self._states.pop(partition, None)
-                if state is None or state.offset < offset:
-                    state = restore(self._context, partition, offset)
-                if state.horizon != self._horizon():
-                    self._flush(state, partition)
-                self._states[partition] = state
+                if state is not None and state.offset < offset:
+                    state = None
+                horizon = self._accruals.horizon(partition) if state is None else state.horizon
+                if horizon != self._horizon():
+                    state = state or self._take_over(partition, offset)
+                    self._end_batch(state, partition, state.offset)
+                if state is not None:
+                    self._states[partition] = state
 
     # --- step 1: state ---
+
+    def _take_over(self, partition: int, offset: int) -> State:
+        epoch = self._accruals.begin(partition, self._generation)
+        first, ends = self._accruals.left_by_others(partition, epoch, self._generation, offset)
+        state = restore(self._context, partition, first)
+        state.since, state.epoch, state.ends = first, epoch, ends
+        return state
+
+    def _end_batch(self, state: State, partition: int, offset: int) -> None:
+        state.offset = offset
+        state.ends = [each for each in state.ends if each > offset]
+        with collector_paused():
+            self._flush(state, partition)
+        state.since = offset
 
     def _apply(self, record: Record, state: State, partition: int) -> None:
         assert record.value is not None, "charge-inputs holds what our agents wrote"
@@ -241,10 +271,14 @@ class Charges(Agent):
         state.list_sizes.clear()
         state.used.clear()
         state.horizon = horizon
-        now = version(self._generation, state.offset)
-        self._accruals.insert(rows, now, partition)
-        self._accruals.insert_positions(partition, self._generation, state.offset, state.positions, horizon)
-        self._publish(rows, state, partition, now)
+        if not self._accruals.announce(partition, state.epoch, self._generation, state.since, state.offset):
+            raise NotYet("another worker has taken the partition over")
+        self._accruals.insert(rows, version(self._generation, state.offset), partition)
+        self._publish(rows, state, partition)
+        positions = (partition, self._generation, state.offset, state.positions, horizon, state.epoch)
+        self._accruals.insert_positions(*positions)
+        if not self._accruals.holds(partition, state.epoch):
+            raise NotYet("another worker has taken the partition over")
 
     def _vanished(self, state: State, book: Book) -> list[LineKey]:
         """Lines with rows that their order no longer has."""
@@ -280,17 +314,15 @@ class Charges(Agent):
             rows.append(replace(row, wanted=row.wanted + nothing))
         else:
             rows.append(row)
-        known = version(self._generation, state.offset) >= state.known_from
-        written[month] = (digest if known else None, parties)
+        written[month] = (digest, parties)
 
-    # --- step 4: what follows ---
+    # --- step 3: what follows ---
 
     def _publish(
         self,
         rows: Iterable[AccrualRow],
         state: State,
         partition: int,
-        now: int,
     ) -> None:
         wanted: dict[int, list[dict[str, Any]]] = {}
         for row in rows:
@@ -366,7 +398,6 @@ def restore(context: Context, partition: int, offset: int) -> State:
     for line, month, parties in accruals.written(partition):
         state.written.setdefault(line, {})[month] = (None, frozenset(parties))
     state.horizon = accruals.horizon(partition)
-    state.known_from = accruals.newest_version(partition)
     if not positions:
         # A new life of the log: what the last one left is rated anew, once.
         state.said_of_orders = dict.fromkeys(state.orders, _ALWAYS)

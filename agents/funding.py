@@ -107,10 +107,11 @@ class Funding(Agent):
         place = place_text(source["topic"], source["partition"])
         counted = state.positions.get(place, 0)
         for each in decoded.value["changes"]:
+            change = read_reference_change(json.loads(zlib.decompress(each["body"])))
             if each["offset"] >= counted:
-                change = read_reference_change(json.loads(zlib.decompress(each["body"])))
                 state.reference.say(change)
-                self._mark(change, state)
+            # Marked even if known: a worker that has lost the partition may have written what it knew without.
+            self._mark(change, state)
         state.positions[place] = max(counted, source["end_offset"])
 
     def _want(self, each: Any, said_at: int, state: _State) -> None:

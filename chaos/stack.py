@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -31,6 +32,8 @@ START_SECONDS = 120
 #: How many workers of a role run from the start; each of the others has one.
 WORKERS = {"usage": 2, "charges": 2}
 MOST_WORKERS = 3
+#: A worker that was asked to end and has not after so long is killed.
+LEAVE_SECONDS = 15
 _FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 
 
@@ -97,6 +100,7 @@ class Stack:
         self.brokers = Brokers(directory, brokers)
         self.parts = EmbeddedStack(directory, kafka=self.brokers.bootstrap)
         self.workers: list[Worker] = []
+        self._leaving: list[threading.Thread] = []
         self.web: Process | None = None
         self.settings = Settings(
             kafka=self.brokers.bootstrap,
@@ -136,6 +140,8 @@ class Stack:
 
     def stop(self) -> None:
         """Ends every process."""
+        for each in self._leaving:
+            each.join()
         for worker in self.workers:
             worker.resume()
             worker.signal(signal.SIGKILL)
@@ -177,11 +183,14 @@ class Stack:
         worker.paused = False
 
     def remove_worker(self, worker: Worker) -> None:
-        """Asks a worker to end; it does not come back."""
+        """Asks a worker to end, and has it killed if it does not; it does not come back."""
         self.workers.remove(worker)
         worker.resume()
         if worker.process is not None:
-            worker.process.terminate(15)
+            # Nobody waits for it: while one leaves, other things break.
+            leaving = threading.Thread(target=worker.process.terminate, args=(LEAVE_SECONDS,))
+            leaving.start()
+            self._leaving.append(leaving)
 
     def of(self, role: str) -> list[Worker]:
         """The workers of a role."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -112,7 +113,7 @@ def _table(rows: Sequence[AccrualRow], version: int, partition: int) -> pa.Table
 
 
 class Accruals:
-    """Reads and writes the tables of `0002_accruals.sql`."""
+    """Reads and writes the tables of `0002_accruals.sql` and `0008_charge_epochs.sql`."""
 
     def __init__(self, clickhouse: ClickHouse) -> None:
         self._clickhouse = clickhouse
@@ -122,28 +123,75 @@ class Accruals:
         for start in range(0, len(rows), 20_000):
             self._clickhouse.insert_arrow("accruals", _table(rows[start : start + 20_000], version, partition))
 
+    def begin(self, partition: int, generation: int) -> int:
+        """Takes a partition over: a new epoch, above all others.  Who holds an older one writes no more."""
+        epoch = (self._newest_epoch(partition) >> 32) + 1 << 32 | secrets.randbits(32)
+        self._insert_epoch(partition, epoch, generation, -1, -1)
+        return epoch
+
+    def announce(self, partition: int, epoch: int, generation: int, first: int, end: int) -> bool:
+        """Says of which batch rows are going to be written.  False when a newer epoch has begun: they must not be."""
+        self._insert_epoch(partition, epoch, generation, first, end)
+        return self.holds(partition, epoch)
+
+    def holds(self, partition: int, epoch: int) -> bool:
+        """Whether no newer epoch has begun."""
+        return self._newest_epoch(partition) == epoch
+
+    def left_by_others(self, partition: int, epoch: int, generation: int, first: int) -> tuple[int, list[int]]:
+        """Where an epoch that has just begun goes on, and the ends at which those before it may yet write rows.
+
+        That is `first`, or behind it the last offset up to which all is done and nobody began before it since.
+        """
+        others = self._clickhouse.query(
+            """
+            SELECT epoch, max(end_offset), argMax(first_offset, end_offset) FROM charge_epochs
+            WHERE charge_partition = {partition:Int32} AND epoch < {epoch:UInt64}
+              AND generation = {generation:UInt32} AND end_offset >= {first:Int64}
+            GROUP BY epoch
+            """,
+            {"partition": partition, "epoch": epoch, "generation": generation, "first": first},
+        )
+        done = self._clickhouse.query(
+            """
+            SELECT offset, epoch FROM accrual_positions
+            WHERE charge_partition = {partition:Int32} AND generation = {generation:UInt32}
+              AND offset > {first:Int64} AND epoch > 0 ORDER BY offset DESC
+            """,
+            {"partition": partition, "generation": generation, "first": first},
+        )
+        for offset, by in done:
+            if all(began >= offset for other, _, began in others if other > by):
+                first = int(offset)
+                break
+        return first, sorted({int(end) for _, end, _ in others if end > first})
+
+    def _newest_epoch(self, partition: int) -> int:
+        rows = self._clickhouse.query(
+            "SELECT max(epoch) FROM charge_epochs WHERE charge_partition = {partition:Int32}", {"partition": partition}
+        )
+        return int(rows[0][0])
+
+    def _insert_epoch(self, *row: int) -> None:
+        columns = ("charge_partition", "epoch", "generation", "first_offset", "end_offset")
+        self._clickhouse.insert("charge_epochs", columns, [row])
+
     def insert_positions(
-        self, partition: int, generation: int, offset: int, positions: Positions, horizon: int
+        self, partition: int, generation: int, offset: int, positions: Positions, horizon: int, epoch: int
     ) -> None:
         """Says what a partition's accruals count as of an offset in charge-inputs, and up to which month."""
         self._clickhouse.insert(
             "accrual_positions",
-            ("charge_partition", "generation", "offset", "positions", "horizon"),
-            [(partition, generation, offset, dict(positions), horizon)],
+            ("charge_partition", "generation", "offset", "positions", "horizon", "epoch"),
+            [(partition, generation, offset, dict(positions), horizon, epoch)],
         )
 
     def horizon(self, partition: int) -> int:
         """The month up to which all of a partition's lines have been written ahead; 0 before the first time."""
         rows = self._clickhouse.query(
-            "SELECT max(horizon) FROM accrual_positions WHERE charge_partition = {partition:Int32}",
+            "SELECT argMax(horizon, (generation, offset, horizon)) FROM accrual_positions"
+            " WHERE charge_partition = {partition:Int32}",
             {"partition": partition},
-        )
-        return int(rows[0][0])
-
-    def newest_version(self, partition: int) -> int:
-        """The highest version of a partition's rows; 0 when there is none."""
-        rows = self._clickhouse.query(
-            "SELECT max(version) FROM accruals WHERE charge_partition = {partition:Int32}", {"partition": partition}
         )
         return int(rows[0][0])
 
@@ -172,7 +220,7 @@ class Accruals:
         """The newest offset at which a partition said what it counts, and its horizon; None before the first."""
         rows = self._clickhouse.query(
             """
-            SELECT max(offset), argMax(horizon, offset), count() FROM accrual_positions FINAL
+            SELECT max(offset), argMax(horizon, (offset, horizon)), count() FROM accrual_positions FINAL
             WHERE charge_partition = {partition:Int32} AND generation = {generation:UInt32}
             """,
             {"partition": partition, "generation": generation},

@@ -212,7 +212,7 @@ class Worker:
 
     async def _do(self, lane: _Lane, event: Any) -> None:
         message = event.message
-        batch = Batch(message.topic, message.partition, message.value)
+        batch, tp = Batch(message.topic, message.partition, message.value), TP(message.topic, message.partition)
         lane.in_hand_since = started = time.monotonic()
         attempt = 0
         with structlog.contextvars.bound_contextvars(
@@ -237,7 +237,10 @@ class Worker:
                     log.exception("a bug: the batch is not acknowledged and the worker ends")
                     await self.app.crash(SystemExit(70))
                     raise
-        tp = TP(batch.topic, batch.partition)
+                if tp not in _assignment(self.app):
+                    log.warning("the partition was taken away: its next owner does the batch")
+                    self.in_hand_since = None
+                    return
         self.app.consumer.finish(tp, batch.end_offset)
         event.ack()
         await self.app.consumer.commit({tp})

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, TypeVar
@@ -42,7 +43,7 @@ from sinks.dead_letters import DeadLetters
 from sinks.documents import Documents
 from sinks.ledger import Ledger
 from sinks.positions import place_text
-from streams.batch import Batch
+from streams.batch import Batch, NotYet
 from streams.codec import Codec
 from streams.settings import Settings
 from streams.topics import (
@@ -89,21 +90,29 @@ class Fuse:
     """Counts an agent's calls to the outside and kills it at one of them.
 
     `at` counts from 1; 0 never blows.  `before`: the call is not made any more; else it was made.
+    `meanwhile`: it is not killed there but stopped, and goes on when that has happened.
     """
 
     at: int = 0
     before: bool = False
+    meanwhile: Callable[[], None] | None = None
     calls: list[str] = field(default_factory=list)
 
     def call(self, name: str, action: Callable[[], Found]) -> Found:
         """Makes a call, or dies of it."""
         self.calls.append(name)
-        if len(self.calls) == self.at and self.before:
-            raise CrashNow(f"before {name}")
+        now = len(self.calls) == self.at
+        if now and self.before:
+            self._blow(f"before {name}")
         result = action()
-        if len(self.calls) == self.at:
-            raise CrashNow(f"after {name}")
+        if now and not self.before:
+            self._blow(f"after {name}")
         return result
+
+    def _blow(self, where: str) -> None:
+        if self.meanwhile is None:
+            raise CrashNow(where)
+        self.meanwhile()
 
 
 class MemoryLog:
@@ -359,6 +368,8 @@ class World:
         except CrashNow:
             del self.agents[role]
             return False
+        except NotYet:
+            return False
         self.done.append((role, agent._context.fuse.calls[before:]))
         self.committed[role, place] = batch.end_offset
         return True
@@ -374,6 +385,18 @@ class World:
         except CrashNow:
             return True
         return False
+
+    def stopped(self, role: str, batch: Batch, at: int, meanwhile: Callable[[], None], *, held: bool = False) -> Any:
+        """Another agent of the role does a batch, is stopped before a call while its successor works, and goes on.
+
+        What it has done is not committed.  Returns it when it came to that call.
+        """
+        self.agents.pop(role, None)
+        fuse = Fuse(at, before=True, meanwhile=meanwhile)
+        zombie = self.start(role, fuse, held=held)
+        with suppress(NotYet):  # it has seen that another took over
+            zombie.do(batch)
+        return zombie if len(fuse.calls) >= at else None
 
     def drain(self, roles: Iterable[str] = AGENTS, size: int = 10_000) -> None:
         """Every stage does all that there is."""

@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 from rating.calendar import month_text, parse_month
 from sinks.accruals import Accruals
 from sinks.claims import ClaimsUnavailable
-from streams.batch import Batch
+from streams.batch import Batch, NotYet
 from streams.topics import CHARGE_INPUTS, PERIOD_EVENTS, partition_for
 from tests.crash_world import AGENTS, World
 from tests.oracle import oracle
@@ -438,6 +438,93 @@ def test_late_funding_of_a_zombie(new_world: NewWorld) -> None:
     world.check_state()
 
 
+PLACED = METERED_ORDER
+RETRACTED = contract(C1, "c4", Retracted={"change_id": "c1"})
+MOVED = contract(C1, "c5", Retracted={"change_id": "c2"})
+
+
+@pytest.mark.parametrize("known", [0, 1, 3], ids=["nothing", "the order", "all"])
+@pytest.mark.parametrize("said", [[RETRACTED], [MOVED], [RETRACTED, MOVED]], ids=["retracted", "not live", "both"])
+@pytest.mark.parametrize("size", [1, 2, 100])
+def test_charges_stopped_at_any_write(new_world: NewWorld, known: int, said: list[Record], size: int) -> None:
+    """A row of charges that have lost their partition would stand where their successor writes none."""
+    place, worlds = (CHARGE_INPUTS, partition_for(S, 2)), []
+    for at in count(1):
+        world = new_world(HORIZON)
+        worlds.append(world)
+        for line in PLACED[:known]:
+            world.say(line)
+        world.drain(AT_WORK)
+        for line in [*PLACED[known:], used("u1", "2026-04-03", "3")]:
+            world.say(line)
+        world.drain(["contracts", "intake", "usage"], 1)
+
+        def meanwhile(world: World = world) -> None:
+            for line in said:
+                world.say(line)
+            world.drain(["contracts"], 1)
+            world.drain(["charges"], size)
+
+        first = world.committed.get(("charges", place), 0)
+        zombie = world.stopped("charges", world.batch(place, first, 100), at, meanwhile, held=bool(at % 2))
+        if zombie is None:
+            break
+        world.drain(AT_WORK)
+        zombie._context.outbox.release()
+        world.drain(AT_WORK)
+        world.check_state()
+    assert len(worlds) > 5
+    for world in worlds:
+        world.drop()
+
+
+def test_a_zombie_takes_over_once_more(new_world: NewWorld) -> None:
+    """Charges that have lost their partition and begin anew would end batches where their successor ends none."""
+    world, place = new_world(HORIZON), (CHARGE_INPUTS, partition_for(S, 2))
+    for line in [*PLACED, RETRACTED]:
+        world.say(line)
+    world.drain(["contracts"], 1)
+    zombie = world.start("charges")
+
+    def begin_anew() -> None:
+        zombie.do(world.batch(place, 0, 2))
+
+    # Its successor is stopped before it says how far it has come; then it goes on, and is killed.
+    world.stopped("charges", world.batch(place, 0, 100), 4, begin_anew)
+    world.agents.clear()
+    world.drain(AT_WORK)
+    world.check_state()
+    world.drop()
+
+
+def test_funding_that_did_not_know_the_allocation(new_world: NewWorld) -> None:
+    """What cut-off funding drew without an allocation would stand behind what its successor drew with it."""
+    world = new_world(HORIZON)
+    order = ordered(A, P1, PATIENTS, [{"payer": "NHSE", "take": "allocation"}, *BY_PARTY])
+    for line in [
+        reference(P1, "r0", ListSize={"ods_code": P1, "as_of": "2026-04-01", "patients": 1000}),
+        contract(C1, "c1", OrderPlaced=placed("C010001-01", "QOP", "10030", order)),
+        reached(C1, "c2", A, P1, "M1", "2026-04-01"),
+    ]:
+        world.say(line)
+    world.drain(["contracts", "reference", "charges"], 1)
+    place = ("funding-inputs", partition_for("QOP", 2))
+    end = world.log.end(place)
+    zombie = world.start("funding")
+    world.say(
+        reference("QOP", "r1", Allocation={"ordering_party": "QOP", "financial_year": 2026, "amount": "1000"})
+    )
+    world.drain(["reference"])
+    world.step("funding", place, 1)
+    while world.committed["funding", place] < end - 1:
+        world.step("funding", place, 1)
+    with mock.patch.object(type(zombie._context.ledger), "changes", return_value=[]):
+        zombie.do(world.batch(place, 0, end))
+    world.drain(AT_WORK)
+    world.check_state()
+    world.drop()
+
+
 def test_charges_go_on_during_a_close(new_world: NewWorld) -> None:
     """What is accrued between the close's two looks is no drift."""
     world = new_world(HORIZON, SUPPLIERS)
@@ -540,6 +627,8 @@ class Schedule:
         self.zombies: list[tuple[str, Any, dict[tuple[str, int], int]]] = []
         self.redis = redis_client.Redis.from_url(world.settings.redis)
         self.told: list[str] = []
+        #: How many agents are stopped one within another.
+        self.depth = 0
 
     def play(self, book: list[Record]) -> None:
         """The whole book; before each close every stage has done all."""
@@ -568,7 +657,9 @@ class Schedule:
         first = self.world.committed.get((role, place), 0)
         batch = self.world.batch(place, first, self.random.choice([1, 2, 3, 5, 10_000]))
         chance = self.random.random()
-        if chance < 0.2:
+        if chance < 0.1 and self.depth < 2:
+            self._stop(role, batch)
+        elif chance < 0.2:
             at, before, eager = self.random.randint(1, 8), self.random.random() < 0.5, self.random.random() < 0.7
             died: Any = self.world.crash(role, batch, at, before=before, eager=eager)
             self.told.append(
@@ -584,6 +675,26 @@ class Schedule:
         else:
             self.told.append(f"{role} {place} {first}-{batch.end_offset}")
             self.world.step(role, place, len(batch.records))
+
+    def _stop(self, role: str, batch: Batch) -> None:
+        """The agent is stopped before a call, others do its work, and it goes on: a zombie."""
+        at, others = self.random.randint(1, 8), self.random.randint(1, 6)
+        shown = f"{role} {batch.partition} {batch.first_offset}-{batch.end_offset}, stopped before call {at}"
+
+        def meanwhile() -> None:
+            self.told.append(f"{shown}, while:")
+            self.depth += 1
+            for _ in range(others):
+                self.some()
+            self.depth -= 1
+            self.told.append(f"{shown}, goes on")
+
+        held = self.random.random() < 0.5
+        if zombie := self.world.stopped(role, batch, at, meanwhile, held=held):
+            zombie._context.fuse.at = 0
+            zombie._context.outbox.held, zombie._context.outbox._eager = True, False
+            # It does the batch that it has in hand again.
+            self.zombies.append((role, zombie, {(batch.topic, batch.partition): batch.first_offset}))
 
     def _cut_off(self, role: str) -> None:
         """The agent has lost its partitions and does not know it yet: what it sends from now on is late."""
@@ -604,7 +715,10 @@ class Schedule:
         batch = self.world.batch(place, stands.get(place, 0), self.random.choice([1, 3, 10_000]))
         if batch.records:
             self.told.append(f"the {role} zombie does {place} {batch.first_offset}-{batch.end_offset}")
-            agent.do(batch)
+            try:
+                agent.do(batch)
+            except NotYet:
+                return
             stands[place] = batch.end_offset
 
     def _close(self, period: str) -> None:

@@ -192,9 +192,9 @@ def test_an_older_database_without_its_accruals(fresh: Settings) -> None:
     context.outbox.flush()
     commit(fresh, "charges", (CHARGE_INPUTS, 0), 3)
     accruals = Accruals(context.clickhouse)
-    accruals.insert_positions(0, 1, 2, {}, 0)
+    accruals.insert_positions(0, 1, 2, {}, 0, 0)
     assert "lacks what the role charges has done of charge-inputs" in refused("charges", fresh)
-    accruals.insert_positions(0, 1, 3, {}, 0)
+    accruals.insert_positions(0, 1, 3, {}, 0, 0)
     assert refused("charges", fresh) == ""
 
 
