@@ -392,9 +392,8 @@ def restore(context: Context, partition: int, offset: int) -> State:
     for change in ledger.changes(REFERENCE_CHANGES, generation, positions):
         if change.accepted:
             state.reference.say(read_reference_change(change.body))
-    for service, days in ledger.totals_accepted(generation, positions).items():
-        if partition_for(service[0], partitions) == partition:
-            state.usage[service] = days
+    items = [each for each in ledger.items() if partition_for(each, partitions) == partition]
+    state.usage = ledger.totals_accepted(generation, positions, items)
     for line, month, parties in accruals.written(partition):
         state.written.setdefault(line, {})[month] = (None, frozenset(parties))
     state.horizon = accruals.horizon(partition)

@@ -1,6 +1,6 @@
 """How long accruals stand still when a worker is killed, over a ledger of a million readings.
 
-`python -m bench.recovery [--rows 1000000] [--lines 4000] [--kills 3] [--session 6]` starts the embedded
+`python -m bench.recovery [--rows 1000000] [--lines 4000] [--kills 3] [--session 8]` starts the embedded
 stack with two workers each of the roles usage and charges, fills the ledger as an earlier life of the
 log would have left it, places an order, and then, some times: kills one worker of each of the two
 roles with SIGKILL, reports a reading for every pair of their partitions, and waits until all of
@@ -48,7 +48,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000, help="readings in the ledger")
     parser.add_argument("--lines", type=int, default=4_000, help="charge lines")
     parser.add_argument("--kills", type=int, default=3, help="how often")
-    parser.add_argument("--session", type=int, default=6, help="session_timeout_seconds")
+    session = Settings().session_timeout_seconds
+    parser.add_argument("--session", type=int, default=session, help="session_timeout_seconds (%(default)s)")
     options = parser.parse_args()
     practices = [f"A{number:05d}" for number in range(options.lines // len(ITEMS))]
     settings = Settings(partitions=PARTITIONS, session_timeout_seconds=options.session, log_generation=2)

@@ -35,8 +35,8 @@ class Settings:
     schema_registry: str = ""
     #: Which life of the log the positions in the ledger belong to (an emptied log is a new one).
     log_generation: int = 1
-    #: A worker that is silent for so long loses its partitions.
-    session_timeout_seconds: int = 30
+    #: A worker that is silent for so long loses its partitions.  Its heart beats beside its work, in a thread.
+    session_timeout_seconds: int = 8
     #: Partitions of each topic that is created, and how often it is replicated.
     partitions: int = 4
     replication: int = 1
