@@ -1,7 +1,7 @@
 """How long accruals stand still when a worker is killed, over a ledger of a million readings.
 
-`python -m bench.recovery [--rows 1000000] [--lines 4000] [--kills 3] [--session 8]` starts the embedded
-stack with two workers each of the roles usage and charges, fills the ledger as an earlier life of the
+`python -m bench.recovery [--rows 1000000] [--lines 4000] [--kills 3] [--session 8]` starts an installation
+on the benches' broker with two workers each of the roles usage and charges, fills the ledger as an earlier life of the
 log would have left it, places an order, and then, some times: kills one worker of each of the two
 roles with SIGKILL, reports a reading for every pair of their partitions, and waits until all of
 these are in the accruals.  Killed workers are started again after each time, as Kubernetes would.
@@ -14,18 +14,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import sys
 import tempfile
 import time
 from dataclasses import replace
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from bench.stack import broker, write
 from sinks.clickhouse import ClickHouse
 from sinks.ledger import USAGE_SCHEMA, Ledger
 from streams.settings import Settings
@@ -39,7 +39,6 @@ SUPPLIER = "10030"
 ITEMS = [f"{SUPPLIER}-S-{number:03d}" for number in range(4)]
 KILLED = ("usage", "charges")
 WITHIN_SECONDS = 15.0
-RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
@@ -54,8 +53,9 @@ def main() -> None:
     practices = [f"A{number:05d}" for number in range(options.lines // len(ITEMS))]
     settings = Settings(partitions=PARTITIONS, session_timeout_seconds=options.session, log_generation=2)
     with (
+        broker() as log,
         tempfile.TemporaryDirectory(prefix="tribill-recovery-") as directory,
-        Installation(Path(directory), settings) as held,
+        Installation(Path(directory), replace(settings, kafka=log.address)) as held,
     ):
         held.prepare(2)
         fill(held.settings, practices, options.rows)
@@ -79,17 +79,13 @@ def main() -> None:
         for worker in seconds_workers.values():
             worker.terminate()
     result = {
-        "day": date.today().isoformat(),  # noqa: DTZ011  # of the machine, for the record
         "readings": options.rows,
         "lines": options.lines,
         "partitions": PARTITIONS,
         "session_timeout_seconds": options.session,
-        "processors": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 1),
         "seconds_to_live_accruals": [round(each, 1) for each in found],
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "recovery.json").write_text(json.dumps(result, indent=1) + "\n")
+    write("recovery", log, result)
     print(json.dumps(result))
     sys.exit(max(found) > WITHIN_SECONDS)
 
