@@ -154,16 +154,22 @@ class Accruals:
         )
         done = self._clickhouse.query(
             """
-            SELECT offset, epoch FROM accrual_positions
+            SELECT max(offset) FROM accrual_positions
             WHERE charge_partition = {partition:Int32} AND generation = {generation:UInt32}
-              AND offset > {first:Int64} AND epoch > 0 ORDER BY offset DESC
+              AND offset > {first:Int64} AND epoch > 0
+              AND NOT arrayExists((other, began) -> other > epoch AND began < offset,
+                                  {epochs:Array(UInt64)}, {begins:Array(Int64)})
             """,
-            {"partition": partition, "generation": generation, "first": first},
+            {
+                "partition": partition,
+                "generation": generation,
+                "first": first,
+                # Empty arrays have no type to infer from, so there is always one that takes nothing away.
+                "epochs": [0, *(int(other) for other, _, _ in others)],
+                "begins": [0, *(int(began) for _, _, began in others)],
+            },
         )
-        for offset, by in done:
-            if all(began >= offset for other, _, began in others if other > by):
-                first = int(offset)
-                break
+        first = max(first, int(done[0][0]))
         return first, sorted({int(end) for _, end, _ in others if end > first})
 
     def _newest_epoch(self, partition: int) -> int:

@@ -254,6 +254,8 @@ class Worker:
         if self.in_hand_since is None:
             try:
                 await asyncio.to_thread(self._do_idle, _assignment(self.app))
+            except NotYet as reason:
+                log.debug("waiting", reason=str(reason))
             except SINK_ERRORS as error:
                 log.warning("sink failed in idle work", agent=self.agent.role, error=str(error)[:300])
 
