@@ -26,7 +26,7 @@ INSERTS = {
     "usage": ("usage",),
     "contracts": ("contract_changes",),
     "reference": ("reference_changes",),
-    "charges": ("accruals", "accrual_positions"),
+    "charges": ("charge_epochs", "accruals", "accrual_positions"),
     "funding": ("allocations_drawn",),
     "period-close": ("close_requests",),
 }
