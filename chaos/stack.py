@@ -28,7 +28,7 @@ from tribill.roles import ROLES
 
 ROOT = Path(__file__).parents[1]
 SESSION_SECONDS = 8
-START_SECONDS = 120
+START_SECONDS = 240
 #: How many workers of a role run from the start; each of the others has one.
 WORKERS = {"usage": 2, "charges": 2}
 MOST_WORKERS = 3
