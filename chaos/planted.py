@@ -50,6 +50,8 @@ def _claim_without_position() -> None:
 
     def without_claimed(self: Any, batch: Any) -> Any:
         rows, again = rows_of(self, batch)
+        if rows.is_empty():
+            return rows, again
         self._certainly_new(rows, batch.partition)
         claimed = rows.filter(~fresh & (rows["revision"] == 0)).select(_IDENTITY).unique()
         known = self._context.ledger.known_usage(claimed, self._generation, batch.first_offset)

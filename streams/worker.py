@@ -239,7 +239,7 @@ class Worker:
                     raise
                 if tp not in _assignment(self.app):
                     log.warning("the partition was taken away: its next owner does the batch")
-                    self.in_hand_since = None
+                    lane.in_hand_since = None
                     return
         self.app.consumer.finish(tp, batch.end_offset)
         event.ack()
