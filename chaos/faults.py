@@ -263,7 +263,8 @@ class Faults:
             self._later(SESSION_SECONDS + 20, f"{other.name} is taken away", lambda: self._remove(other))
 
     def _remove(self, worker: Worker) -> None:
-        if worker in self._stack.workers:
+        """Takes a worker away that was added, unless it is the last of its role by now."""
+        if worker in self._stack.workers and len(self._stack.of(worker.role)) > 1:
             self._stack.remove_worker(worker)
 
     def _pause_a_worker(self, fault: Fault) -> None:

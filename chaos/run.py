@@ -46,7 +46,7 @@ class Wanted:
     faults: list[Fault]
     closes: int
     steps_of_a_close: int = _STEPS_OF_A_CLOSE
-    gap_seconds: tuple[float, float] = (1.0, 4.0)
+    gap_seconds: tuple[float, float] = (2.0, 5.0)
 
 
 def wanted(seed: int, count: int) -> Wanted:
