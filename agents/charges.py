@@ -392,8 +392,8 @@ def restore(context: Context, partition: int, offset: int) -> State:
     for change in ledger.changes(REFERENCE_CHANGES, generation, positions):
         if change.accepted:
             state.reference.say(read_reference_change(change.body))
-    items = [each for each in ledger.items() if partition_for(each, partitions) == partition]
-    state.usage = ledger.totals_accepted(generation, positions, items)
+    ours = [each for each in ledger.items() if partition_for(each, partitions) == partition]
+    state.usage = ledger.totals_accepted(generation, positions, ours)
     for line, month, parties in accruals.written(partition):
         state.written.setdefault(line, {})[month] = (None, frozenset(parties))
     state.horizon = accruals.horizon(partition)

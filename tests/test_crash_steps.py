@@ -480,13 +480,16 @@ def test_charges_stopped_at_any_write(new_world: NewWorld, known: int, said: Rec
 def test_a_zombie_takes_over_once_more(new_world: NewWorld, done: bool) -> None:
     """Charges that have lost their partition and begin anew would end batches where their successor ends none."""
     world, place = new_world(HORIZON), (CHARGE_INPUTS, partition_for(S, 2))
-    for line in [*METERED_ORDER, RETRACTED]:
+    for line in [*METERED_ORDER, used("u1", "2026-04-03", "3")]:
         world.say(line)
-    world.drain(["contracts"], 1)
+    world.drain(["contracts", "intake", "usage"], 1)
+    before = world.log.end(place)
+    world.say(RETRACTED)
+    world.drain(["contracts"])
     zombie = world.start("charges")
 
     def begin_anew() -> None:
-        zombie.do(world.batch(place, 0, 2))
+        zombie.do(world.batch(place, 0, before))
 
     if not done:
         # Its successor has written, and has not yet said what its rows count.
