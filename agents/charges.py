@@ -115,6 +115,7 @@ class Charges(Agent):
     """The agent of role `charges`."""
 
     role: ClassVar[str] = "charges"
+    lanes: ClassVar[int] = 2
     idle_seconds: ClassVar[float] = 60
 
     def __init__(self, context: Context) -> None:

@@ -251,18 +251,19 @@ class Worker:
         )
 
     async def _idle(self) -> None:
-        if self.in_hand_since is None:
-            try:
-                await asyncio.to_thread(self._do_idle, _assignment(self.app))
-            except NotYet as reason:
-                log.debug("waiting", reason=str(reason))
-            except SINK_ERRORS as error:
-                log.warning("sink failed in idle work", agent=self.agent.role, error=str(error)[:300])
+        held = _assignment(self.app)
+        for number, lane in enumerate(self._lanes):
+            if lane.in_hand_since is None:
+                own = {each for each in held if each.partition % len(self._lanes) == number}
+                try:
+                    await asyncio.to_thread(self._do_idle, lane.agent, own)
+                except SINK_ERRORS as error:
+                    log.warning("sink failed in idle work", agent=self.agent.role, error=str(error)[:300])
 
-    def _do_idle(self, held: set[TP]) -> None:
-        places = [(each.topic, each.partition) for each in held if each.topic in self.agent.topics()]
+    def _do_idle(self, agent: Agent, held: set[TP]) -> None:
+        places = [(each.topic, each.partition) for each in held if each.topic in agent.topics()]
         if places:
-            self.agent.idle(self._broker.committed(f"tribill-{self.agent.role}", places))
+            agent.idle(self._broker.committed(f"tribill-{agent.role}", places))
 
     async def _look(self) -> None:
         """Sees how far each partition is that the worker holds."""

@@ -14,19 +14,18 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import count
 
 from tests.simulation.history import survive
-from tests.simulation.world import KNOWN_FAULTY_ZOMBIES
 
 _AT_ONCE = 100
 
 
-def _survive_all(first: int, until: float, spared: frozenset[str]) -> tuple[int, int, str]:
+def _survive_all(first: int, until: float) -> tuple[int, int, str]:
     """Histories of seeds in a row: how many, how much happened in them, and what the first that fails says."""
     happened = 0
     for number in range(_AT_ONCE):
         if time.time() > until:
             return number, happened, ""
         try:
-            happened += survive(first + number, spared)
+            happened += survive(first + number)
         except AssertionError as error:
             return number, happened, str(error)
     return _AT_ONCE, happened, ""
@@ -38,12 +37,10 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1, help="how long (1)")
     parser.add_argument("--seed", type=int, help="one history alone")
     parser.add_argument("--first", type=int, help="the first seed (any)")
-    parser.add_argument("--all-zombies", action="store_true", help="also those whose fault is known")
     options = parser.parse_args()
-    spared = frozenset() if options.all_zombies else KNOWN_FAULTY_ZOMBIES
     if options.seed is not None:
         try:
-            print(f"seed {options.seed}: {survive(options.seed, spared)} things happened, and all is right")
+            print(f"seed {options.seed}: {survive(options.seed)} things happened, and all is right")
             return 0
         except AssertionError as error:
             print(error)
@@ -54,7 +51,7 @@ def main() -> int:
     print(f"histories from seed {first} on")
     with ProcessPoolExecutor() as pool:
         seeds = count(first, _AT_ONCE)
-        waiting = {pool.submit(_survive_all, next(seeds), until, spared) for _ in range(2 * (os.cpu_count() or 1))}
+        waiting = {pool.submit(_survive_all, next(seeds), until) for _ in range(2 * (os.cpu_count() or 1))}
         while waiting:
             done = next(as_completed(waiting))
             waiting.remove(done)
@@ -66,7 +63,7 @@ def main() -> int:
                 print(failure)
                 return 1
             if time.time() < until:
-                waiting.add(pool.submit(_survive_all, next(seeds), until, spared))
+                waiting.add(pool.submit(_survive_all, next(seeds), until))
     minutes = (time.time() - started) / 60
     print(f"{histories} histories, {happened} things happened, {histories / minutes:.0f} a minute: all is right")
     return 0

@@ -10,7 +10,7 @@ import structlog
 
 from tests.simulation.book import Line, small_book
 from tests.simulation.check import Expected, check, straight
-from tests.simulation.world import KNOWN_FAULTY_ZOMBIES, World
+from tests.simulation.world import World
 
 #: So many seeds in a row share a book, which is played once without a fault.
 _SCHEDULES_OF_A_BOOK = 20
@@ -28,11 +28,11 @@ def _book(number: int) -> tuple[list[Line], Expected]:
     return book, straight(book)
 
 
-def survive(seed: int, spared: frozenset[str] = KNOWN_FAULTY_ZOMBIES) -> int:
+def survive(seed: int) -> int:
     """Plays the history of a seed; returns how many things happened.  An AssertionError tells them all."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     book, expected = book_of(seed)
-    world = World(book, seed, spared=spared)
+    world = World(book, seed)
     try:
         world.play()
         check(world, expected)

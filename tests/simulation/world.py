@@ -46,8 +46,6 @@ _STORES = {
     "agents.explaining.Documents": "documents",
     "agents.explaining.EvidenceStore": "documents",
 }
-#: A role whose cut-off workers may leave a row that its successor does not know of: issue 6, part 2.
-KNOWN_FAULTY_ZOMBIES = frozenset({"charges"})
 #: What `sinks.accruals` makes of several calls, between any two of which something may happen.
 _COMPOSED = {"begin", "announce", "holds"}
 _WORKERS = 2
@@ -276,7 +274,6 @@ class World:
     book: Sequence[Line]
     seed: int
     dangers: Dangers | None = None
-    spared: frozenset[str] = KNOWN_FAULTY_ZOMBIES
     sinks: Any = field(default_factory=MemorySinks)
 
     def __post_init__(self) -> None:
@@ -445,10 +442,7 @@ class World:
         role, place = self.random.choice(list(self.owners))
         old = self.owners[role, place]
         new = self.random.choice([each for each in self.workers if each.role == role and each is not old])
-        if role not in self.spared:
-            old.lost[place] = old.at.get(place, 0)
-        elif old.task is not None and old.batch is not None and (old.batch.topic, old.batch.partition) == place:
-            old.crash()
+        old.lost[place] = old.at.get(place, 0)
         self.owners[role, place] = new
         new.lost.pop(place, None)
         new.at[place] = self.committed.get((role, place), 0)
