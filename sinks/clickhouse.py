@@ -31,6 +31,7 @@ class ClickHouse:
         self.database = url.path.strip("/") or "tribill"
         self._url = url
         self._client: Any = None
+        self._types: dict[tuple[str, ...], Any] = {}
 
     def query(self, statement: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
         """The rows of a SELECT."""
@@ -53,7 +54,14 @@ class ClickHouse:
     def insert(self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Inserts rows as one block; returns when they are durable."""
         if rows:
-            self._call("insert", table, rows, column_names=columns, settings={"async_insert": 0})
+            # The client would ask for the columns' types each time.
+            types = self._types.get((table, *columns))
+            settings = {"async_insert": 0}
+            context = self._call(
+                "create_insert_context", table, columns, column_types=types, settings=settings, data=rows
+            )
+            self._types[table, *columns] = context.column_types
+            self._call("insert", context=context)
 
     def insert_arrow(self, table: str, rows: pa.Table) -> None:
         """Inserts an Arrow table as one block; returns when it is durable."""
@@ -105,6 +113,9 @@ class ClickHouse:
         except Exception:
             self._client = None
             raise
+        finally:
+            if self._client is None:
+                self._types.clear()
 
     def _connect(self, database: str) -> Any:
         return clickhouse_connect.get_client(
