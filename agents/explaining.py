@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from agents.context import Context
 from rating.book import Book, Order, Reference, Service
@@ -54,6 +55,23 @@ class Changes:
         return Known(Book(orders, _folded(said), usage), contract, reference, {})
 
 
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """Why and from what the documents of a close are: found, not yet kept."""
+
+    causes: Mapping[ChargeKey, Cause]
+    #: The document that first invoiced a key.
+    originals: Mapping[ChargeKey, str]
+    evidence: Evidence
+
+    def evidence_of(self, documents: Iterable[Document]) -> Iterator[tuple[str, str]]:
+        """The evidence of each document, number and JSON, one at a time; the document then names it."""
+        for document in documents:
+            body = evidence_text(self.evidence.of(document))
+            document.evidence_sha256 = hashlib.sha256(body.encode()).hexdigest()
+            yield document.number, body
+
+
 class Explaining:
     """Explains the documents of one close after the other."""
 
@@ -70,33 +88,28 @@ class Explaining:
         known: Known,
         invoiced: Mapping[ChargeKey, int],
         documents: Sequence[Document],
-    ) -> None:
-        """Finds causes and evidence, keeps them in the ledger, and names them in the documents.
+    ) -> Explained:
+        """Finds causes and evidence, and names the causes in the documents.
 
-        Repeated it does the same: all of it follows from the cut and the cut before.
+        Repeated it finds the same: all of it follows from the cut and the cut before.
         """
         adjusted = [key for document in documents for key in document.rows if key.month != period]
         causes = self._causes(period, changes, known, adjusted)
-        originals = self._store.originals(period, {key.month for key in adjusted}) if adjusted else {}
-        originals = {key: number for key, number in originals.items() if key in causes and not causes[key].is_release}
-        self._store.insert_adjustments(period, causes, originals)
-        self._store.insert_wanted(period, known.wanted)
+        first = self._store.originals(period, {key.month for key in adjusted}) if adjusted else {}
+        originals: dict[ChargeKey, str] = {}
+        for document in documents:
+            # What is in the series corrects no pro-forma, which was no VAT document.
+            in_series = document.kind != "pro-forma"
+            for key in document.rows:
+                if key in causes:
+                    found = "" if causes[key].is_release or key not in first else first[key][in_series]
+                    originals[key] = found
+                    document.explanations[key] = (causes[key].text, found)
         # Of items that are charged by use: the months that documents have rows of.
         keys = [key for document in documents for key in document.rows]
         items = _metered(known, keys)
         months = {period, *(key.month for key in keys if key.item_id in items)} if items else set()
-        evidence = Evidence(known, invoiced, self._digests(cut, items, months), months)
-        for document in documents:
-            document.explanations = {
-                key: (causes[key].text, originals.get(key, "")) for key in document.rows if key in causes
-            }
-        self._store.insert_evidence(period, self._evidence(documents, evidence))
-
-    def _evidence(self, documents: Iterable[Document], evidence: Evidence) -> Iterator[tuple[str, str]]:
-        for document in documents:
-            body = evidence_text(evidence.of(document))
-            document.evidence_sha256 = hashlib.sha256(body.encode()).hexdigest()
-            yield document.number, body
+        return Explained(causes, originals, Evidence(known, invoiced, self._digests(cut, items, months), months))
 
     def _causes(
         self, period: int, changes: Changes, known: Known, adjusted: Sequence[ChargeKey]

@@ -1,54 +1,58 @@
-"""Period close: fixes the cut, waits until every stage has applied the log up to it, derives, writes.
+"""Period close: fixes the cut, waits until every stage has applied the log up to it, decides, writes.
 
 Reads `period-events`; writes documents to ClickHouse and `invoices`, and `PeriodClosed`.
 
 The order of steps for a close, each of which can be repeated with the same result:
 
-1. `CloseRequested` is checked; the end offsets of every input partition go to `period-events` as
-   `CutFixed`.  The first in the log stands, so a second request after a crash changes nothing.
+1. `CloseRequested` is checked, and by setting waits for suppliers' attestations until a deadline.  Then the
+   end offsets of every input partition go to `period-events` as `CutFixed`.  The first in the log stands, so a
+   second request after a crash changes nothing.
 2. `CutFixed` is recorded in the ledger, with its time (the documents' issue time) and the party data known.
 3. Each stage in turn must have committed what lay before it: what intake had to do up to the cut,
    then what that put into `usage-accepted`, and so on.  Until then nothing is written.
-4. All lines are derived from the ledger as of the cut, and the accruals compared with it.  The causes of
-   adjustments and the evidence of documents are found and inserted.  Statements are made from the same
-   rows; if they do not tie out, the close is refused.
-5. Rows, documents, statements, then the period itself are inserted.  A crash in between repeats from 3 with
-   the same cut, and the same rows and numbers collapse.
+4. All lines are derived from the ledger as of the cut, and all papers made (agents/deriving.py); the accruals are
+   compared with it.  What speaks against the close refuses it, unless the request accepts it: then the cut
+   counts no more, nothing was written, and the next request takes another.
+5. That the documents are issued is recorded, with what was found and accepted; from here on nothing refuses.
+   Causes, evidence, rows, documents, statements, then the period itself are inserted.  A crash in between
+   repeats from 4 with the same cut, and the same rows and numbers collapse.
 6. `PeriodClosed` is sent; the broker acknowledges it and the documents.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any, ClassVar
 
 import structlog
 
-from agents.collector import collector_paused
 from agents.context import Context
-from agents.explaining import Changes, Explaining
-from rating.amounts import micros, micros_text, pence
-from rating.book import Book, LineKey
+from agents.deriving import Derived, Deriving, Issue
+from agents.drift import drift_pence
+from agents.reconcile import Reconcile
+from rating.amounts import micros, micros_text
 from rating.calendar import month_start, month_text, parse_month
-from rating.close import Derivation, derive, invoice, rate_lines
-from rating.documents import Document, documents
-from rating.funding import charge_of
+from rating.completeness import Reported, completeness
+from rating.documents import Document
 from rating.records import Refused
-from rating.statements import OutOfBalance, Papers
+from rating.statements import OutOfBalance
 from sinks import metrics
-from sinks.accruals import Accruals, decimal
+from sinks.accruals import decimal
 from sinks.dead_letters import DeadLetter
-from sinks.documents import Cut, Documents
+from sinks.documents import Cut, Decision, Documents, Request
 from sinks.evidence import sealed
 from sinks.parties import PartyStore
-from sinks.positions import Positions, place_text
+from sinks.positions import place_text
 from streams.agent import Agent
 from streams.batch import Batch, NotYet, Record
 from streams.codec import Undecodable, to_interchange
+from streams.settings import SettingsError
 from streams.topics import (
     CHARGE_INPUTS,
     CONTRACT_CHANGES,
@@ -60,7 +64,6 @@ from streams.topics import (
     Broker,
     Place,
     input_topics,
-    partition_for,
     usage_topics,
 )
 
@@ -68,6 +71,16 @@ log = structlog.get_logger(__name__)
 
 #: A document longer than this is in the ledger whole; a record of `invoices` has to fit the broker's limit.
 _MESSAGE_CHARACTERS = 6_000_000
+
+
+#: What a request may accept, so that it stops the close no more (`tribill close --accept-...`).
+LAG, ATTESTATIONS, SUSPENSE, DRIFT = ACCEPTABLE = ("lag", "attestations", "suspense", "drift")
+#: So often what the accruals lack is asked for before a drift refuses a close.
+_MENDS = 3
+#: So often at most a stage of the work is told with how far it is.
+_TELL_SECONDS = 1.0
+#: The fields of a document that grow with its lines.
+_LONG = ("lines", "items", "orders", "cos")
 
 
 class CloseRefused(Exception):
@@ -79,17 +92,30 @@ class PeriodClose(Agent):
 
     role: ClassVar[str] = "period-close"
 
+    idle_seconds: ClassVar[float] = 5
+
     def __init__(self, context: Context) -> None:
         self._context = context
         self._generation = context.settings.log_generation
+        limit = context.settings.suspense_limit
+        try:
+            self._suspense_limit_micros = micros(limit) if limit else None
+        except ValueError as error:
+            raise SettingsError(f"suspense_limit: {error}") from None
         self._documents = Documents(context.clickhouse)
-        self._explaining = Explaining(context)
+        self._deriving = Deriving(context)
         self._parties = PartyStore(context.clickhouse)
-        self._accruals = Accruals(context.clickhouse)
         self._broker = Broker(context.settings)
         #: For a period, the ends that each stage must reach, found once the stage before was done.
         self._ends: dict[int, dict[str, dict[Place, int]]] = {}
-        self._said = ""
+        #: What is waited for, with the time since when it has not moved.
+        self._waits: tuple[str, float] = ("", 0.0)
+        #: What was derived of a cut that waits for a drift to be mended, and how often that was asked for.
+        self._kept: Derived | None = None
+        self._mends = 0
+        self._said = ("", 0.0)
+        #: Idle work and batches come on threads of their own.
+        self._lock = threading.Lock()
 
     def topics(self) -> Sequence[str]:
         """`period-events`."""
@@ -97,6 +123,16 @@ class PeriodClose(Agent):
 
     def do(self, batch: Batch) -> None:
         """Does a batch; see the steps above."""
+        with self._lock:
+            self._do(batch)
+
+    def idle(self, committed: Mapping[Place, int]) -> None:
+        """Fixes the cut of requests that no longer wait for attestations."""
+        if self._context.settings.attestation_days:
+            with self._lock:
+                self._look_for_attestations()
+
+    def _do(self, batch: Batch) -> None:
         letters: list[DeadLetter] = []
         for record in batch.records:
             try:
@@ -105,10 +141,18 @@ class PeriodClose(Agent):
                 )
                 if decoded.name == "UsageComplete":
                     self._attest(to_interchange("UsageComplete", decoded.value), record)
-                elif decoded.name == "CloseRequested":
-                    self._request(str(decoded.value["period"]), record)
-                elif decoded.name == "CutFixed":
-                    self._cut(decoded.value, record)
+                elif decoded.name in ("CloseRequested", "CutFixed"):
+                    value = decoded.value
+                    accepted = [each for each in value["accept"] if each in ACCEPTABLE]
+                    request = Request(str(value["period"]), record.offset, accepted, value["requested_by"])
+                    try:
+                        if decoded.name == "CloseRequested":
+                            self._request(request)
+                        else:
+                            self._cut(request, value, record)
+                    except CloseRefused as error:
+                        self._answer(request, "refused", str(error))
+                        raise
             except (Undecodable, Refused, CloseRefused) as error:
                 letters.append(
                     DeadLetter(
@@ -137,21 +181,54 @@ class PeriodClose(Agent):
             value["supplier_id"], value["period"], self._generation, record.offset, value["count"], quantity
         )
 
-    def _request(self, text: str, record: Record) -> None:
-        try:
-            period = self._check(text)
+    def _request(self, request: Request) -> None:
+        period = self._check(request.period)
+        if period is None:
+            self._answer(request, "closed", "was closed before")
+        elif cut := self._documents.cut(period):
+            self._close(period, cut, request)
+        elif missing := self._missing(period, request):
+            self._answer(request, "attestations", missing)
+        else:
+            self._answer(request, "waiting", "the cut is being fixed")
+            self._fix(request)
+
+    def _look_for_attestations(self) -> None:
+        for request, said in self._documents.waiting_for_attestations(self._generation):
+            try:
+                period = self._check(request.period)
+            except CloseRefused as error:
+                self._answer(request, "refused", str(error))
+                continue
             if period is None:
-                self._answer(text, record, "closed", "was closed before")
-                return
-            cut = self._documents.cut(period)
-            if cut is None:
-                self._answer(text, record, "waiting", "the cut is being fixed")
-                self._fix(period)
-                return
-            self._close(period, cut, record)
-        except CloseRefused as error:
-            self._answer(text, record, "refused", str(error))
-            raise
+                self._answer(request, "closed", "was closed before")
+            elif missing := self._missing(period, request):
+                if missing != said:
+                    self._answer(request, "attestations", missing)
+            else:
+                self._fix(request)
+                self._answer(request, "waiting", "the cut is being fixed")
+
+    def _missing(self, period: int, request: Request) -> str:
+        """Whose attestations a close waits for, and until when; nothing when it does not, or no longer.
+
+        Awaited is each supplier that has reported or attested usage of the period or the one before, until
+        it has attested the period and the ledger has as much.
+        """
+        days = self._context.settings.attestation_days
+        deadline = month_start(period + 1) + timedelta(days=days)
+        if not days or ATTESTATIONS in request.accepted or datetime.now(UTC) >= deadline:
+            return ""
+        months = (period - 1, period)
+        attested = self._documents.attested(months, self._generation, 2**62)
+        reported = self._context.ledger.reported(months)
+        awaited = {code for month in months for code in (*attested[month], *reported[month])}
+        found = completeness(attested[period], dict.fromkeys(awaited, Reported()) | reported[period])
+        missing = [f"{code} ({each.text})" for code, each in found.items() if each.status in ("none", "short")]
+        if not missing:
+            return ""
+        shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+        return f"waits until {deadline:%Y-%m-%d %H:%M} UTC for attestations of usage: {shown}"
 
     def _check(self, text: str) -> int | None:
         """The period to close; None when it is closed already.  Raises CloseRefused."""
@@ -172,34 +249,37 @@ class PeriodClose(Agent):
             raise CloseRefused(f"{text} can be closed from {ended.isoformat()} on")
         return period
 
-    def _fix(self, period: int) -> None:
+    def _fix(self, request: Request) -> None:
         ends = self._ends_now()
         value = {
-            "period": month_text(period),
+            "period": request.period,
             "generation": self._generation,
             "cut": [
                 {"topic": topic, "partition": partition, "end_offset": end}
                 for (topic, partition), end in sorted(ends.items())
             ],
+            "accept": request.accepted,
+            "requested_by": request.requested_by,
         }
-        self._context.outbox.send(PERIOD_EVENTS, self._context.codec.encode("CutFixed", value), key=month_text(period))
+        self._context.outbox.send(PERIOD_EVENTS, self._context.codec.encode("CutFixed", value), key=request.period)
         self._context.outbox.flush()
 
-    def _cut(self, value: dict[str, Any], record: Record) -> None:
-        period = self._check(value["period"])
+    def _cut(self, request: Request, value: dict[str, Any], record: Record) -> None:
+        period = self._check(request.period)
         if period is None:
             # Perhaps the process died after the period was written: whoever waits is told (again).
-            self._say_closed(value["period"])
-            self._answer(value["period"], record, "closed", "")
+            self._say_closed(request.period)
+            self._answer(request, "closed", "")
             return
         cut = self._documents.cut(period)
         if cut is None:
             self._check_cut(value)
             positions = {place_text(each["topic"], each["partition"]): each["end_offset"] for each in value["cut"]}
-            issued_at = datetime.fromtimestamp(record.timestamp / 1000, UTC)
-            cut = Cut(value["generation"], positions, issued_at, self._parties.imports())
-            self._documents.fix_cut(period, record.offset, cut)
-        self._close(period, cut, record)
+            issued_at, specimen = datetime.fromtimestamp(record.timestamp / 1000, UTC), self._context.settings.specimen
+            imports = self._parties.imports()
+            cut = Cut(value["generation"], record.offset, positions, issued_at, imports, specimen)
+            self._documents.fix_cut(period, cut)
+        self._close(period, cut, request)
 
     def _check_cut(self, value: dict[str, Any]) -> None:
         """A cut names every input partition up to an offset that it has.  Raises CloseRefused."""
@@ -218,8 +298,15 @@ class PeriodClose(Agent):
             input_topics(self._context.settings)
         )
 
-    def _answer(self, period: str, record: Record, outcome: str, detail: str) -> None:
-        self._documents.answer(period, self._generation, record.offset, outcome, detail)
+    def _answer(self, request: Request, outcome: str, detail: str) -> None:
+        self._documents.answer(request, self._generation, outcome, detail)
+        self._said = (detail, time.monotonic())
+
+    def _tell(self, request: Request, detail: str, *, often: bool = False) -> None:
+        """Says how far the close is, if that is new; what is said `often` not at once."""
+        said, at = self._said
+        if detail != said and not (often and time.monotonic() - at < _TELL_SECONDS):
+            self._answer(request, "waiting", detail)
 
     def _say_closed(self, text: str) -> None:
         [(documents, rows, net, held)] = self._context.clickhouse.query(
@@ -238,12 +325,16 @@ class PeriodClose(Agent):
 
     # --- step 3 ---
 
-    def _wait(self, period: int, cut: Cut) -> None:
-        """Raises NotYet naming the stage that still has work before the cut."""
+    def _wait(self, period: int, cut: Cut, request: Request) -> str:
+        """Waits for every stage, or says what lag was accepted.  Raises NotYet naming the stage that has work left.
+
+        Raises CloseRefused when that stage has done nothing for long.  Lag of `charges` and `funding` may be
+        accepted, for documents follow from the ledger; what the others have not done is missing in it.
+        """
         if cut.generation != self._generation:
-            return  # that life of the log has ended, and what it held is in the ledger
-        settings = self._context.settings
-        first = {_place(text): end for text, end in cut.positions.items()}
+            return ""  # that life of the log has ended, and what it held is in the ledger
+        settings, text = self._context.settings, month_text(period)
+        first = {_place(place): end for place, end in cut.positions.items()}
         ends = self._ends.setdefault(period, {})
 
         def of(*topics: str) -> dict[Place, int]:
@@ -263,134 +354,147 @@ class PeriodClose(Agent):
         for stage, topic in stages:
             if stage not in ends and topic is not None:
                 ends[stage] = self._broker.end_offsets([topic])
-            if behind := self._broker.behind(f"tribill-{stage}", ends[stage]):
-                raise NotYet(f"{month_text(period)} waits for {stage}: {behind} records to do before the cut")
+            behind = self._broker.behind(f"tribill-{stage}", ends[stage])
+            if not behind:
+                continue
+            waits, may_be_accepted = f"{stage}: {behind} records to do before the cut", stage in ("charges", "funding")
+            if may_be_accepted and LAG in request.accepted:
+                return f"lag of {waits}"
+            if waits != self._waits[0]:
+                self._waits = (waits, time.monotonic())
+            if time.monotonic() - self._waits[1] > settings.close_wait_seconds:
+                raise CloseRefused(
+                    f"{text} has waited for {waits}; none was done for {settings.close_wait_seconds} s. Start the role "
+                    f"{stage} and ask again" + ("; or accept it with --accept-lag" if may_be_accepted else "")
+                )
+            raise NotYet(f"{text} waits for {waits}")
+        return ""
 
-    # --- steps 4 to 6 ---
+    # --- step 4 ---
 
-    def _close(self, period: int, cut: Cut, record: Record) -> None:
-        text = month_text(period)
+    def _close(self, period: int, cut: Cut, request: Request) -> None:
+        decision = self._documents.decision(period, cut)
         try:
-            self._wait(period, cut)
+            lag = self._wait(period, cut, request) if decision is None else ""
+            derived = self._derive(period, cut, request)
+            if decision is None:
+                decision = self._decide(derived, lag, request)
+            self._tell(request, "the documents are being made")
+            try:
+                issue = self._deriving.issue(derived, decision.accepted)
+            except OutOfBalance as error:
+                raise CloseRefused(str(error)) from error
         except NotYet as reason:
-            if str(reason) != self._said:
-                self._answer(text, record, "waiting", str(reason))
-                self._said = str(reason)
+            self._tell(request, str(reason))
             raise
-        self._answer(text, record, "waiting", "all is applied; the lines are being derived")
-        changes = Changes(self._context, cut.generation, cut.positions)
-        known = changes.known(self._context.ledger.totals_at_cut(cut.generation, cut.positions))
-        book = known.book
-        with collector_paused():
-            derived = derive(book, period)
-        known.wanted = derived.wanted
-        drift = self._drift(period, derived, cut)
-        invoiced = self._documents.invoiced_before(period)
-        rows, held = invoice(derived, invoiced, period)
-        rates = self._documents.vat_rates_before(period)
-        parties = self._parties.parties(cut.party_imports, self._context.settings.specimen)
-        issued = documents(rows, period, book, self._documents.issued_before(period), rates, parties, cut.issued_at)
-        self._explaining.explain(period, cut, changes, known, invoiced, issued)
-        try:
-            statements = Papers(period, book, rows, held, derived.wanted, issued, parties, cut.issued_at).statements()
-        except OutOfBalance as error:
-            self._answer(text, record, "refused", str(error))
-            raise CloseRefused(str(error)) from error
-        rates = {key: rate for document in issued for key, rate in document.vat_rates_micros.items()}
-        self._documents.insert_rows(period, "invoiced", rows, rates)
-        self._documents.insert_rows(period, "held", held, {})
-        self._issue(issued)
-        self._documents.insert_statements(period, statements)
-        self._documents.insert_period(period, cut.generation, issued, sum(held.values()), drift)
+        except CloseRefused:
+            self._forget(period)
+            self._documents.refuse_cut(period, cut)
+            raise
+        self._documents.decide(period, cut, decision)
+        self._write(derived, issue, decision, request)
+        self._forget(period)
+
+    def _forget(self, period: int) -> None:
+        self._ends.pop(period, None)
+        self._kept, self._mends = None, 0
+
+    def _derive(self, period: int, cut: Cut, request: Request) -> Derived:
+        if self._kept is not None and (self._kept.period, self._kept.cut) == (period, cut):
+            return self._kept
+        self._tell(request, "all is applied; the lines are being derived")
+        return self._deriving.derive(period, cut)
+
+    def _decide(self, derived: Derived, lag: str, request: Request) -> Decision:
+        """What was found and accepted.  Raises CloseRefused for what was not, NotYet while a drift is being mended."""
+        text, accepted = month_text(derived.period), [lag] if lag else []
+        limit, units = self._suspense_limit_micros, derived.suspense_micros
+        if limit is not None and units > limit:
+            found = f"usage of {micros_text(units)} units in suspense, more than {micros_text(limit)}"
+            if SUSPENSE not in request.accepted:
+                raise CloseRefused(
+                    f"{text} has {found} (suspense_limit). `tribill suspense list` says why; have the orders said and "
+                    "ask again, or accept it with --accept-suspense"
+                )
+            accepted.append(found)
+        # Accruals that have not caught up differ: of accepted lag there is nothing to compare.
+        drift = drift_pence(self._context, derived.period, derived.derivation, derived.cut) if not lag else Fraction(0)
+        if drift:
+            found = f"the accruals differ from the ledger by {decimal(drift):.2f} pence"
+            if DRIFT not in request.accepted:
+                self._mend(derived, found)
+            accepted.append(found)
+        return Decision(decimal(drift), accepted, request.requested_by)
+
+    def _mend(self, derived: Derived, found: str) -> None:
+        """Asks for what differs to be rated again, a few times, and has the close wait for it; then refuses."""
+        text = month_text(derived.period)
+        if self._mends >= _MENDS:
+            raise CloseRefused(
+                f"{text}: {found}, also after they were rated again {_MENDS} times. That is a defect: report it with "
+                "the logs of charges, usage and reconcile. The documents follow from the ledger alone; to issue "
+                "them all the same: --accept-drift"
+            )
+        self._mends += 1
+        self._kept = derived
+        Reconcile(self._context).reconcile()
+        ends = self._ends.setdefault(derived.period, {})
+        for stage in ("usage", "charges", "funding"):
+            ends.pop(stage, None)
+        raise NotYet(f"{text}: {found}; they are being rated again ({self._mends} of {_MENDS})")
+
+    # --- steps 5 and 6 ---
+
+    def _write(self, derived: Derived, issue: Issue, decision: Decision, request: Request) -> None:
+        period, cut, documents = derived.period, derived.cut, issue.documents
+        text, store = month_text(period), self._documents.evidence
+        store.insert_adjustments(period, issue.explained.causes, issue.explained.originals)
+        store.insert_wanted(period, derived.derivation.wanted)
+        store.insert_evidence(period, self._told(issue, request))
+        self._tell(request, f"{len(documents)} documents and {len(issue.statements)} statements are being written")
+        rates = {key: rate for document in documents for key, rate in document.vat_rates_micros.items()}
+        self._documents.insert_rows(period, "invoiced", derived.rows, rates)
+        self._documents.insert_rows(period, "held", derived.held, {})
+        self._issue(documents)
+        self._documents.insert_statements(period, issue.statements)
+        held = sum(derived.held.values())
+        self._documents.insert_period(period, cut.generation, documents, held, decision.drift_pence)
         totals = {
-            "documents": len(issued),
-            "rows": len(rows),
-            "net": Decimal(sum(rows.values())).scaleb(-2),
-            "held": Decimal(sum(held.values())).scaleb(-2),
+            "documents": len(documents),
+            "rows": len(derived.rows),
+            "net": Decimal(sum(derived.rows.values())).scaleb(-2),
+            "held": Decimal(held).scaleb(-2),
         }
         announced = self._context.codec.encode("PeriodClosed", {"period": text, "totals": totals})
         self._context.outbox.send(PERIOD_EVENTS, announced, key=text)
         self._context.outbox.flush()
-        self._ends.pop(period, None)
-        self._answer(text, record, "closed", _notice(book))
-        metrics.ACCRUAL_DRIFT.set(float(decimal(drift)))
+        accepted = [f"accepted by {decision.requested_by or 'the request'}: {each}" for each in decision.accepted]
+        self._answer(request, "closed", "; ".join(filter(None, [derived.notice(), *accepted])))
+        metrics.ACCRUAL_DRIFT.set(float(decision.drift_pence))
         metrics.CLOSED_PERIOD.set(month_start(period + 1).timestamp())
-        log.info("period closed", period=text, documents=len(issued), rows=len(rows), drift=str(drift))
+        drift = str(decision.drift_pence)
+        log.info("period closed", period=text, documents=len(documents), rows=len(derived.rows), drift=drift)
+
+    def _told(self, issue: Issue, request: Request) -> Iterator[tuple[str, str]]:
+        """The evidence of each document, with word of how far it is."""
+        for number, evidence in enumerate(issue.explained.evidence_of(issue.documents), start=1):
+            self._tell(request, f"evidence: {number} of {len(issue.documents)} documents", often=True)
+            yield evidence
 
     def _issue(self, issued: Sequence[Document]) -> None:
-        """Writes documents to the ledger and to `invoices`, where the longest go without their lines."""
+        """Writes documents to the ledger and to `invoices`, where the longest go without what makes them long."""
         bodies = []
         for document in issued:
             body = sealed(document.as_json())
             text = json.dumps(body, separators=(",", ":"))
             bodies.append((document, text))
             if len(text) > _MESSAGE_CHARACTERS:
-                text = json.dumps(body | {"lines": [], "lines_left_out": len(body["lines"])}, separators=(",", ":"))
+                left_out = {name: type(body[name])() for name in _LONG if name in body}
+                text = json.dumps(body | left_out | {"lines_left_out": len(body["lines"])}, separators=(",", ":"))
             value = {"number": document.number, "period": body["period"], "body": text}
             self._context.outbox.send(INVOICES, self._context.codec.encode("Document", value), key=document.number)
         self._documents.insert_documents(bodies)
         self._context.outbox.flush()
-
-    def _drift(self, period: int, derived: Derivation, cut: Cut) -> Fraction:
-        """By how many pence the accruals differ from what the ledger gives at the positions that they count.
-
-        Where they count what the cut does and no more, that is what was just derived.
-        """
-        partitions = self._context.settings.partitions
-        expected: list[Mapping[tuple[LineKey, int], Fraction]] = []
-        known: dict[tuple[tuple[str, int], ...], Mapping[tuple[LineKey, int], Fraction]] = {}
-        complete: list[int] = []
-        for partition in range(partitions):
-            newest, counted = self._accruals.counted(partition, self._generation)
-            complete.append(newest)
-            same = tuple(sorted(counted.items()))
-            if same not in known:
-                known[same] = derived.exact if self._counts_the_cut(counted, cut) else self._exact_at(counted, period)
-            expected.append(known[same])
-        accrued = self._accruals.exact_and_version(period)
-        partition_of: dict[str, int] = {}
-        total, nothing = Fraction(0), Fraction(0)
-        for key in accrued.keys() | {key for each in known.values() for key in each}:
-            item_id = key[0][1]
-            if item_id not in partition_of:
-                partition_of[item_id] = partition_for(item_id, partitions)
-            partition = partition_of[item_id]
-            found, at = accrued.get(key, (nothing, 0))
-            due = expected[partition].get(key, nothing)
-            # A row that was written since its partition's positions were read counts more than they say.
-            if found != due and at <= complete[partition]:
-                total += abs(found - due)
-        return total
-
-    def _counts_the_cut(self, counted: Positions, cut: Cut) -> bool:
-        """Whether positions of the accruals and a cut of the input topics take in the same changes and usage."""
-        return (
-            cut.generation == self._generation
-            and all(counted.get(place, 0) == end for place, end in cut.positions.items() if "changes" in place)
-            and self._context.ledger.same_usage(self._generation, counted, cut.positions)
-        )
-
-    def _exact_at(self, counted: Positions, period: int) -> Mapping[tuple[LineKey, int], Fraction]:
-        """What the ledger gives at positions that the accruals count."""
-        usage = self._context.ledger.totals_accepted(self._generation, counted)
-        book = Changes(self._context, self._generation, counted).known(usage).book
-        return {
-            (line.key, month): pence(charge_of(split))
-            for line, months in rate_lines(book, period)
-            for month, split in months.items()
-        }
-
-
-def _notice(book: Book) -> str:
-    """What somebody should look at: usage that no order covers, and usage that several do."""
-    suspense, overlaps = book.untaken()
-    said = []
-    if suspense:
-        quantity = micros_text(sum(suspense.values()))
-        said.append(f"usage of {quantity} units of {len(suspense)} items at practices waits in suspense")
-    for (item_id, ods_code), orders in sorted(overlaps.items())[:10]:
-        said.append(f"usage of {item_id} at {ods_code} is covered by {', '.join(orders)}: {orders[0]} takes it")
-    return "; ".join(said)
 
 
 def _place(text: str) -> Place:

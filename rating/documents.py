@@ -24,6 +24,7 @@ PAYMENT_DAYS = 30
 #: What a self-billed document must say (VAT Notice 700/62).
 STATEMENT = "The VAT shown is your output tax due to HMRC"
 SPECIMEN = "SPECIMEN: the parties are invented, this is no VAT invoice"
+PREVIEW = "PREVIEW: what a close would issue now; nothing is issued, and this is no VAT invoice"
 
 
 class Extent(NamedTuple):
@@ -49,6 +50,7 @@ class Document:
     issued_at: datetime
     book: Book
     parties: Parties
+    preview: bool = False
     rows: dict[ChargeKey, int] = field(default_factory=dict)
     vat_rates_micros: dict[ChargeKey, int] = field(default_factory=dict)
     #: Of adjustments: the cause, and the document that first invoiced the key or "".
@@ -125,7 +127,8 @@ class Document:
 
     def notice(self) -> str:
         """What somebody must know before paying."""
-        said = [SPECIMEN] if self.parties.specimen else []
+        said = [PREVIEW] if self.preview else []
+        said += [SPECIMEN] if self.parties.specimen else []
         if obstacles := list(self.obstacles()):
             said.append("PRO-FORMA, no VAT invoice: " + "; ".join(obstacles))
             said.append("The supplier invoices what is listed here itself; no later document repeats it")
@@ -136,7 +139,8 @@ class Document:
     def as_json(self) -> dict[str, Any]:
         """The document for people and other systems; amounts are pounds as strings."""
         kind, issued = self.kind, self.issued_at.astimezone(LONDON).date()
-        self_billed = kind != "pro-forma"
+        # A preview is issued by nobody: it is no document of self-billing, nor one to send or to book.
+        self_billed = kind != "pro-forma" and not self.preview
         supplier, customer, agreement = self.supplier, self.customer, self.agreement
         items = {key.item_id for key in self.rows}
         vat = self.vat()
@@ -146,6 +150,7 @@ class Document:
             "kind": kind,
             "notice": self.notice(),
             "specimen": self.parties.specimen,
+            "preview": self.preview,
             "self_billed": self_billed,
             "statement": STATEMENT if self_billed else "",
             "electronic": self_billed and not any(self.not_electronic()),
@@ -249,8 +254,10 @@ def documents(
     vat_rates_micros: Mapping[ChargeKey, int],
     parties: Parties,
     issued_at: datetime,
+    *,
+    preview: bool = False,
 ) -> list[Document]:
-    """One document for each payer and supplier, numbered in the payer's gapless series.
+    """One document for each payer and supplier, numbered in the payer's gapless series; a preview in one of its own.
 
     `issued` is how many documents each payer has issued in earlier periods.  A row of what was
     invoiced before has the rate that it was invoiced at (`vat_rates_micros`), so that a credit gives
@@ -261,12 +268,13 @@ def documents(
     for key in sorted(rows, key=lambda key: (key.payer, key.supplier_id, *key)):
         between = (key.payer, key.supplier_id)
         if between not in by_parties:
-            document = Document("", period, *between, issued_at, book, parties)
+            document = Document("", period, *between, issued_at, book, parties, preview)
             if any(document.obstacles()):
-                document.number = f"{key.payer}-{key.supplier_id}-{month_text(period)}"
+                document.number = _pro_forma_number(*between, period)
             else:
                 counters[key.payer] = counters.get(key.payer, 0) + 1
-                document.number = f"{key.payer}-{counters[key.payer]:06d}"
+                series = f"{key.payer}-PREVIEW" if preview else key.payer
+                document.number = f"{series}-{counters[key.payer]:06d}"
             by_parties[between] = document
         document = by_parties[between]
         document.rows[key] = rows[key]
@@ -275,6 +283,15 @@ def documents(
             invoiced_at if invoiced_at is not None else book.orders[key.order_number].header.vat_rate_micros
         )
     return list(by_parties.values())
+
+
+def _pro_forma_number(payer: str, supplier_id: str, period: int) -> str:
+    """Outside every series, and one for each payer and supplier also where their codes have hyphens.
+
+    >>> _pro_forma_number("A-B", "C", 24315), _pro_forma_number("A", "B-C", 24315)
+    ('A-B-C-2026-04', 'A-B%2DC-2026-04')
+    """
+    return f"{payer}-{supplier_id.replace('%', '%25').replace('-', '%2D')}-{month_text(period)}"
 
 
 def instant_text(instant: datetime) -> str:

@@ -7,8 +7,8 @@ day of the row's month) and one supplier's remittance advice, and so does every 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -17,6 +17,7 @@ from rating.book import Book, Line
 from rating.calendar import financial_year, financial_year_months, first_day, last_day, month_text
 from rating.charges import iso, quantity_on
 from rating.close import ChargeKey
+from rating.completeness import Completeness
 from rating.documents import Document, instant_text
 from rating.funding import allocation_exact, draw_down
 from rating.parties import Parties
@@ -56,6 +57,11 @@ class Papers:
     documents: list[Document]
     parties: Parties
     issued_at: datetime
+    #: Of each supplier's usage of the month, where there is any or there should be.
+    completeness: Mapping[str, Completeness] = field(default_factory=dict)
+    #: What was found and, by somebody's leave, did not stop the close.
+    accepted: Sequence[str] = ()
+    preview: bool = False
 
     def statements(self) -> list[Statement]:
         """All statements and remittance advices, then the control sheet.  Raises OutOfBalance."""
@@ -83,15 +89,19 @@ class Papers:
         ]
 
     def suppliers(self) -> list[Statement]:
-        """By supplier: its documents of the period, and what is held and why."""
+        """By supplier: its documents of the period, how complete its usage is, and what is held and why."""
         documents: dict[str, list[Document]] = defaultdict(list)
         for document in self.documents:
             documents[document.supplier_id].append(document)
         held = _by(self.held, lambda key: key.supplier_id)
         return [
             self._remittance(code, documents.get(code, []), held.get(code, {}))
-            for code in sorted(documents.keys() | held.keys())
+            for code in sorted({*documents, *held, *self._with_usage()})
         ]
+
+    def _with_usage(self) -> set[str]:
+        """The suppliers that have reported or attested usage, though none of it be charged."""
+        return {code for code, each in self.completeness.items() if each.attested or each.found.readings}
 
     def _party(self, key: ChargeKey) -> str:
         order = self.book.orders.get(key.order_number)
@@ -110,6 +120,7 @@ class Papers:
             "period": month_text(self.period),
             "issued_at": instant_text(self.issued_at),
             "specimen": parties.specimen,
+            "preview": self.preview,
             "items": {item_id: parties.item_name(item_id, day) for item_id in sorted(set(items))},
         }
 
@@ -232,6 +243,8 @@ class Papers:
             "held": self._held_lines(held),
             "held_net": pounds_text(sum(held.values())),
         }
+        if code in self.completeness:
+            body["usage"] = self.completeness[code].as_json()
         return Statement(SUPPLIER, code, net, sum(held.values()), body)
 
     def _allocation(self, party: str) -> dict[str, Any]:
@@ -295,6 +308,9 @@ class Papers:
             "vat": pounds_text(vat),
             "gross": pounds_text(net + vat),
             "held": pounds_text(held),
+            "preview": self.preview,
+            "accepted": list(self.accepted),
+            "usage": {code: each.as_json() for code, each in self.completeness.items()},
             "checks": [
                 {"what": what, "found": pounds_text(got), "due": pounds_text(due), "agrees": True}
                 for what, got, due in checks

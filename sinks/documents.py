@@ -3,34 +3,59 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from fractions import Fraction
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from rating.calendar import month_text
+from rating.calendar import month_text, parse_month
 from rating.close import ChargeKey
+from rating.completeness import Reported
 from rating.documents import Document
 from rating.statements import Statement
-from sinks.accruals import decimal
 from sinks.clickhouse import ClickHouse
 from sinks.evidence import EvidenceStore, write_evidence
+from sinks.ledger import Ledger
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
     """Up to where the log counts for a close, and what else its documents are made from.
 
-    `issued_at` is the broker's time of the cut: the issue time of every document.  `party_imports` are the
-    imports of party data that were there by then.  Both are recorded, so a close repeated gives the same bytes.
+    `offset` is that of its CutFixed in period-events: attestations before it count.  `issued_at` is the broker's
+    time of the cut: the issue time of every document.  `party_imports` are the imports of party data that were
+    there by then, `specimen` whether others are invented.  All is recorded, so a close repeated gives the same bytes.
     """
 
     generation: int
+    offset: int
     positions: dict[str, int]
     issued_at: datetime
     party_imports: list[str]
+    specimen: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """That the documents of a cut are issued: recorded before the first of them, and taken back by nothing.
+
+    `accepted` says in words what was found and, by somebody's leave, did not stop the close.
+    """
+
+    drift_pence: Decimal
+    accepted: list[str]
+    requested_by: str
+
+
+class Request(NamedTuple):
+    """Somebody's wish to close a period, at an offset of period-events."""
+
+    period: str
+    offset: int
+    accepted: list[str]
+    requested_by: str
 
 
 class Documents:
@@ -43,29 +68,67 @@ class Documents:
     # --- the course of a close ---
 
     def cut(self, period: int) -> Cut | None:
-        """The cut of a period: the first in the log stands."""
+        """The cut of a period: the first in the log that was not refused stands."""
         rows = self._clickhouse.query(
-            "SELECT generation, cut, issued_at_ms, party_imports FROM cuts WHERE period = {period:String}"
-            " ORDER BY generation, offset LIMIT 1",
+            """
+            SELECT generation, offset, cut, issued_at_ms, party_imports, specimen FROM cuts
+            WHERE period = {period:String} AND (generation, offset) NOT IN (
+                SELECT generation, offset FROM close_decisions WHERE period = {period:String}
+                GROUP BY generation, offset HAVING countIf(outcome = 'go') = 0)
+            ORDER BY generation, offset LIMIT 1
+            """,
             {"period": month_text(period)},
         )
-        for generation, positions, issued_at_ms, imports in rows:
-            return Cut(generation, dict(positions), datetime.fromtimestamp(issued_at_ms / 1000, UTC), list(imports))
+        for generation, offset, positions, issued_at_ms, imports, specimen in rows:
+            at = datetime.fromtimestamp(issued_at_ms / 1000, UTC)
+            return Cut(generation, offset, dict(positions), at, list(imports), bool(specimen))
         return None
 
-    def fix_cut(self, period: int, offset: int, cut: Cut) -> None:
+    def fix_cut(self, period: int, cut: Cut) -> None:
         """Records a cut read from the log."""
         issued_at_ms = int(cut.issued_at.timestamp() * 1000)
-        row = (month_text(period), cut.generation, offset, cut.positions, issued_at_ms, cut.party_imports)
-        columns = ("period", "generation", "offset", "cut", "issued_at_ms", "party_imports")
-        self._clickhouse.insert("cuts", columns, [row])
+        where = (month_text(period), cut.generation, cut.offset)
+        self._clickhouse.insert(
+            "cuts",
+            ("period", "generation", "offset", "cut", "issued_at_ms", "party_imports", "specimen"),
+            [(*where, cut.positions, issued_at_ms, cut.party_imports, cut.specimen)],
+        )
 
-    def answer(self, period: str, generation: int, offset: int, outcome: str, detail: str) -> None:
-        """Says how a request to close stands: refused, waiting or closed, and why."""
+    def refuse_cut(self, period: int, cut: Cut) -> None:
+        """Says that a cut counts no more: the next request takes another."""
+        self._decide(period, cut, "refused", Decision(Decimal(0), [], ""))
+
+    def decide(self, period: int, cut: Cut, decision: Decision) -> None:
+        """Says that the documents of a cut are issued from here on."""
+        self._decide(period, cut, "go", decision)
+
+    def _decide(self, period: int, cut: Cut, outcome: str, decision: Decision) -> None:
+        columns = ("period", "generation", "offset", "outcome", "drift_pence", "accepted", "requested_by")
+        of = (month_text(period), cut.generation, cut.offset)
+        row = (*of, outcome, decision.drift_pence, decision.accepted, decision.requested_by)
+        self._clickhouse.insert("close_decisions", columns, [row])
+
+    def decision(self, period: int, cut: Cut) -> Decision | None:
+        """What was decided of a cut; None while nothing of it may have been issued."""
+        rows = self._clickhouse.query(
+            """
+            SELECT drift_pence, accepted, requested_by FROM close_decisions FINAL
+            WHERE period = {period:String} AND generation = {generation:UInt32} AND offset = {offset:Int64}
+              AND outcome = 'go'
+            """,
+            {"period": month_text(period), "generation": cut.generation, "offset": cut.offset},
+        )
+        return Decision(rows[0][0], list(rows[0][1]), rows[0][2]) if rows else None
+
+    def answer(self, request: Request, generation: int, outcome: str, detail: str) -> None:
+        """Says how a request to close stands, and why.
+
+        `refused`, `waiting`, `attestations` (waiting for them before the cut is fixed) or `closed`.
+        """
         self._clickhouse.insert(
             "close_requests",
-            ("period", "generation", "offset", "outcome", "detail"),
-            [(period, generation, offset, outcome, detail)],
+            ("period", "generation", "offset", "outcome", "detail", "accepted", "requested_by"),
+            [(request.period, generation, request.offset, outcome, detail, request.accepted, request.requested_by)],
         )
 
     def answer_since(self, period: str, generation: int, offset: int) -> tuple[str, str] | None:
@@ -77,11 +140,20 @@ class Documents:
             """
             SELECT outcome, detail FROM close_requests
             WHERE period = {period:String} AND generation = {generation:UInt32} AND offset >= {offset:Int64}
-            ORDER BY outcome != 'waiting' DESC, at DESC LIMIT 1
+            ORDER BY outcome IN ('refused', 'closed') DESC, at DESC LIMIT 1
             """,
             {"period": period, "generation": generation, "offset": offset},
         )
         return (str(rows[0][0]), str(rows[0][1])) if rows else None
+
+    def waiting_for_attestations(self, generation: int) -> list[tuple[Request, str]]:
+        """The requests of a life of the log whose cut waits for attestations, each with what it waits for."""
+        rows = self._clickhouse.query(
+            "SELECT period, offset, accepted, requested_by, detail FROM close_requests FINAL"
+            " WHERE generation = {generation:UInt32} AND outcome = 'attestations' ORDER BY offset",
+            {"generation": generation},
+        )
+        return [(Request(period, offset, list(accepted), by), detail) for period, offset, accepted, by, detail in rows]
 
     def closed(self) -> list[int]:
         """The closed periods (months), in order."""
@@ -112,14 +184,18 @@ class Documents:
         return {str(payer): int(count) for payer, count in rows}
 
     def vat_rates_before(self, period: int) -> dict[ChargeKey, int]:
-        """The VAT rate (micros) that each key was last invoiced at in earlier periods."""
+        """The VAT rate (micros) that each key was last invoiced at in earlier periods, if anything of that stands.
+
+        What was credited whole has given its VAT back: what is charged for it anew has its order's rate of now.
+        """
         rows = self._clickhouse.query(
             """
             SELECT order_number, toString(item_id), ods_code, toString(supplier_id), payer, month,
                    argMax(vat_rate_micros, period)
-            FROM document_rows
+            FROM document_rows FINAL
             WHERE kind = 'invoiced' AND period < {period:String}
             GROUP BY order_number, item_id, ods_code, supplier_id, payer, month
+            HAVING sum(pence) != 0
             """,
             {"period": month_text(period)},
         )
@@ -186,11 +262,12 @@ class Documents:
         )
         return [(number, kind, json.loads(body)) for number, kind, body in rows]
 
-    def write_evidence(self, period: int, folder: Path, name: Callable[[str], str]) -> list[Path]:
-        """Writes the evidence of a closed period's documents."""
+    def write_evidence(self, period: int, folder: Path, name: Callable[[str], str]) -> Iterator[Path]:
+        """Writes the evidence of a closed period's documents, file by file."""
         cut = self.cut(period)
         assert cut is not None, "a closed period has a cut"
-        return write_evidence(self._clickhouse, period, cut.generation, cut.positions, folder, name)
+        texts = self.evidence.evidence(period)
+        return write_evidence(texts, Ledger(self._clickhouse), cut.generation, cut.positions, folder, name)
 
     def insert_statements(self, period: int, statements: Sequence[Statement]) -> None:
         """Inserts statements, remittance advices and the control sheet."""
@@ -213,7 +290,7 @@ class Documents:
         return [body for (body,) in rows]
 
     def insert_period(
-        self, period: int, generation: int, documents: Sequence[Document], held_pence: int, drift: Fraction
+        self, period: int, generation: int, documents: Sequence[Document], held_pence: int, drift_pence: Decimal
     ) -> None:
         """Says that a period is closed."""
         self._clickhouse.insert(
@@ -228,10 +305,28 @@ class Documents:
                     sum(len(document.rows) for document in documents),
                     sum(document.net_pence for document in documents),
                     held_pence,
-                    decimal(drift),
+                    drift_pence,
                 )
             ],
         )
+
+    # --- attestations ---
+
+    def attested(self, months: Sequence[int], generation: int, before: int) -> dict[int, dict[str, Reported]]:
+        """What each supplier attested last of these months, before an offset of period-events in a life of the log."""
+        rows = self._clickhouse.query(
+            """
+            SELECT period, supplier_id, argMax((count, quantity_micros), (generation, offset)) FROM attestations
+            WHERE period IN {periods:Array(String)}
+              AND (generation, offset) < ({generation:UInt32}, {before:Int64})
+            GROUP BY period, supplier_id
+            """,
+            {"periods": [month_text(month) for month in months], "generation": generation, "before": before},
+        )
+        found: dict[int, dict[str, Reported]] = {month: {} for month in months}
+        for period, supplier_id, said in rows:
+            found[parse_month(period)][supplier_id] = Reported(*said)
+        return found
 
     def insert_attestation(
         self, supplier_id: str, period: str, generation: int, offset: int, count: int, quantity_micros: int

@@ -28,15 +28,19 @@ class EvidenceStore:
     def __init__(self, clickhouse: ClickHouse) -> None:
         self._clickhouse = clickhouse
 
-    def originals(self, period: int, months: Iterable[int]) -> dict[ChargeKey, str]:
-        """The document that first invoiced each key of these months, of earlier periods."""
+    def originals(self, period: int, months: Iterable[int]) -> dict[ChargeKey, tuple[str, str]]:
+        """The document, and the one in a series ("": none), that first invoiced each key of these months.
+
+        Both of earlier periods; they differ where the first was a pro-forma.
+        """
         rows = self._clickhouse.query(
             """
             SELECT order_number, toString(item_id), ods_code, toString(supplier_id), document_rows.payer, month,
-                   argMin(number, document_rows.period)
+                   argMin(number, document_rows.period), argMinIf(number, document_rows.period, in_series)
             FROM document_rows
             INNER JOIN (
-                SELECT period, payer, toString(supplier_id) AS supplier, any(number) AS number
+                SELECT period, payer, toString(supplier_id) AS supplier, any(number) AS number,
+                       any(toString(kind)) != 'pro-forma' AS in_series
                 FROM documents WHERE period < {period:String} GROUP BY period, payer, supplier
             ) AS issued
             ON document_rows.period = issued.period AND document_rows.payer = issued.payer
@@ -47,7 +51,7 @@ class EvidenceStore:
             """,
             {"period": month_text(period), "months": sorted(months)},
         )
-        return {ChargeKey(*key): number for *key, number in rows}
+        return {ChargeKey(*key): (first, in_series) for *key, first, in_series in rows}
 
     def insert_adjustments(
         self, period: int, causes: Mapping[ChargeKey, Cause], originals: Mapping[ChargeKey, str]
@@ -127,34 +131,35 @@ def sealed(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_evidence(
-    clickhouse: ClickHouse, period: int, generation: int, cut: Positions, folder: Path, name: Callable[[str], str]
-) -> list[Path]:
-    """Writes what a period's documents came from beside them; returns the files.
+    texts: Iterable[tuple[str, str]],
+    ledger: Ledger,
+    generation: int,
+    cut: Positions,
+    folder: Path,
+    name: Callable[[str], str],
+) -> Iterator[Path]:
+    """Writes what documents came from, given as number and JSON, beside them; yields the files as they are whole.
 
     `<number>-evidence.json`, and where there is usage `<number>-usage.jsonl`, the readings of the months
     that were billed in the interchange form.  `name` makes a number part of a file name.
     """
-    written: list[Path] = []
     numbers: dict[Service, list[str]] = {}
     months: set[int] = set()
-    for number, text in EvidenceStore(clickhouse).evidence(period):
-        path = folder / f"{name(number)}-evidence.json"
-        path.write_text(text, encoding="utf-8", newline="")
-        written.append(path)
+    for number, text in texts:
+        yield write_whole(folder / f"{name(number)}-evidence.json", text.encode())
         evidence = json.loads(text)
         months |= {parse_month(month) for month in evidence["usage_months"]}
         for each in evidence["usage"]:
             numbers.setdefault((each["item_id"], each["ods_code"]), []).append(number)
     if not (numbers and months):
-        return written
+        return
     metered = {number for each in numbers.values() for number in each}
     paths = {number: folder / f"{name(number)}-usage.jsonl" for number in metered}
-    for path in sorted(paths.values()):
-        path.write_text("", encoding="utf-8")
-        written.append(path)
+    for path in paths.values():
+        unfinished(path).write_bytes(b"")
     lines: dict[Path, list[str]] = {}
     size = 0
-    for reading in Ledger(clickhouse).readings_at_cut(generation, cut, {item_id for item_id, _ in numbers}, months):
+    for reading in ledger.readings_at_cut(generation, cut, {item_id for item_id, _ in numbers}, months):
         line = json.dumps({"topic": "usage", "value": reading}, separators=(",", ":"), ensure_ascii=False) + "\n"
         for number in numbers.get((reading["item_id"], reading["ods_code"]), ()):
             lines.setdefault(paths[number], []).append(line)
@@ -163,12 +168,24 @@ def write_evidence(
             _append(lines)
             size = 0
     _append(lines)
-    return written
+    for path in sorted(paths.values()):
+        yield unfinished(path).rename(path)
 
 
 def _append(lines: dict[Path, list[str]]) -> None:
-    """Adds lines to their files, of which there may be more than a process may have open."""
+    """Adds lines to their unfinished files, of which there may be more than a process may have open."""
     for path, texts in lines.items():
-        with path.open("a", encoding="utf-8", newline="") as file:
+        with unfinished(path).open("a", encoding="utf-8", newline="") as file:
             file.writelines(texts)
     lines.clear()
+
+
+def write_whole(path: Path, content: bytes) -> Path:
+    """Writes a file that is there whole or not at all, also after a kill; one that was there is replaced."""
+    unfinished(path).write_bytes(content)
+    return unfinished(path).rename(path)
+
+
+def unfinished(path: Path) -> Path:
+    """Where a file is written until it is whole; no form of a paper has such a name."""
+    return path.with_name(f".{path.name}.part")

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from rating.amounts import micros_text
 from rating.book import Service
+from rating.completeness import Reported
 from rating.evidence import Readings
 from sinks.clickhouse import ClickHouse
 from sinks.positions import Positions, at_cut, cut_parameters
@@ -104,6 +105,25 @@ FROM ({readings}) GROUP BY ods_code, item_id, day
 """
 #: Behind it: of some months alone, each counted as elsewhere here (year x 12 + month - 1).
 _OF_MONTHS = " HAVING toYear(toDate32(day)) * 12 + toMonth(toDate32(day)) - 1 IN {months:Array(Int32)}"
+#: By supplier and month, the readings that stand with a quantity.  An identity counts where its last revision says.
+_REPORTED = """
+SELECT toString(supplier_id), toYYYYMM(day), count(), sum(toInt256(quantity_micros))
+FROM (
+    SELECT supplier_id, argMax(content, revision) AS last, last.1 AS day, last.2 AS quantity_micros
+    FROM (
+        SELECT ods_code, supplier_id, id, revision,
+               argMin((day, quantity_micros),
+                      (generation, broker_timestamp_ms, topic, partition, offset, `index`)) AS content
+        FROM usage
+        WHERE {condition} AND (ods_code, supplier_id, id) IN (
+            SELECT ods_code, supplier_id, id FROM usage WHERE toYYYYMM(day) IN {{months:Array(UInt32)}})
+        GROUP BY ods_code, supplier_id, id, revision
+    )
+    GROUP BY ods_code, supplier_id, id
+)
+WHERE quantity_micros > 0 AND toYYYYMM(day) IN {{months:Array(UInt32)}}
+GROUP BY 1, 2
+"""
 #: `toInt32` of a date counts from 1970-01-01; ordinals count from 0001-01-01.
 _EPOCH_ORDINAL = 719163
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -300,6 +320,25 @@ class Ledger:
                     "occurred_at": occurred_at,
                 }
 
+    def reported_at_cut(self, generation: int, cut: Positions, month: int) -> dict[str, Reported]:
+        """What each supplier has reported for a month, at a cut of the input topics."""
+        condition = at_cut("concat(topic, '/', toString(partition))")
+        return self._reported([month], condition, cut_parameters(generation, cut))[month]
+
+    def reported(self, months: Sequence[int]) -> dict[int, dict[str, Reported]]:
+        """What each supplier has reported for months, of all that is here."""
+        return self._reported(months, "1", {})
+
+    def _reported(
+        self, months: Sequence[int], condition: str, parameters: dict[str, Any]
+    ) -> dict[int, dict[str, Reported]]:
+        numbers = {_month_number(month): month for month in months}
+        rows = self._clickhouse.query(_REPORTED.format(condition=condition), parameters | {"months": list(numbers)})
+        found: dict[int, dict[str, Reported]] = {month: {} for month in months}
+        for supplier_id, number, count, quantity in rows:
+            found[numbers[number]][supplier_id] = Reported(count, quantity)
+        return found
+
     def same_usage(self, generation: int, positions: Positions, cut: Positions) -> bool:
         """Whether positions in usage-accepted and a cut of the input topics take in the same usage."""
         accepted = at_cut(f"concat('{USAGE_ACCEPTED}/', toString(accepted_partition))", "accepted_offset")
@@ -476,9 +515,14 @@ def _standing_readings(
     condition = at_cut("concat(topic, '/', toString(partition))")
     parameters = cut_parameters(generation, cut) | {
         "items": [item_id for (item_id,) in items],
-        "months": [month // 12 * 100 + month % 12 + 1 for month in sorted(months)],
+        "months": [_month_number(month) for month in sorted(months)],
     }
     return _STANDING_READINGS.format(condition=condition), parameters
+
+
+def _month_number(month: int) -> int:
+    """A month as `toYYYYMM` gives it."""
+    return month // 12 * 100 + month % 12 + 1
 
 
 def chunks(values: Iterable[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:

@@ -52,6 +52,12 @@ class Settings:
     replay_clock: bool = False
     #: `tribill run` replays a file and may close a period that has not ended.
     close_any_period: bool = False
+    #: A close waits for suppliers' attestations until so many days after the period's end; 0: not at all.
+    attestation_days: int = 0
+    #: A close is refused when more units of usage than this wait in suspense; empty: however many do.
+    suspense_limit: str = ""
+    #: A close is refused when a stage that it waits for has done nothing for so long.
+    close_wait_seconds: int = 3_600
     #: Parties that nobody has described are invented, and every document is marked SPECIMEN (a trial).
     specimen: bool = False
     #: At most so many records are handed to an agent at once.

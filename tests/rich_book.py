@@ -80,7 +80,7 @@ def placed(order_id: str, party: str, supplier: str, *lines: Record) -> Record:
         "supplier_id": supplier,
         "framework": "GPITF",
         "commencement": "2026-03-01",
-        "vat_rate": "20",
+        "vat_rate": "0.2",
         "lines": list(lines),
     }
 

@@ -470,7 +470,7 @@ def test_the_picture_has_no_floats_and_all_its_parts(settings: Settings) -> None
     usage(settings, *({"ods_code": f"A{n}"} for n in range(30)))
     letters(settings, *(f"reason {n}" for n in range(30)))
     letters(settings, "was said before with other content", agent="usage")
-    Documents(ClickHouse(settings)).insert_period(APRIL, 1, [], 12_345, Fraction(0))
+    Documents(ClickHouse(settings)).insert_period(APRIL, 1, [], 12_345, Decimal(0))
     picture = Pictures(Queries(ClickHouse(settings)), settings).picture(None, NOW, None)
 
     def check(value: Any) -> None:
@@ -683,7 +683,7 @@ def test_national_gauges(settings: Settings) -> None:
     accruals.insert([even, past], 1, 0)
     usage(settings, {"ods_code": "A1", "quantity_micros": 2_500_000}, {"ods_code": "A2"})
     letters(settings, "one", "two")
-    Documents(ClickHouse(settings)).insert_period(month - 1, 1, [], 4321, Fraction(1, 2))
+    Documents(ClickHouse(settings)).insert_period(month - 1, 1, [], 4321, Decimal("0.5"))
 
     async def use(client: TestClient[Any, Any]) -> None:
         text = await (await client.get("/metrics")).text()

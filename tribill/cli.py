@@ -16,7 +16,7 @@ import structlog
 
 from streams.settings import SettingsError
 from tribill.command import Failure as _Failure
-from tribill.command import load_settings, say
+from tribill.command import Progress, caller, load_settings, say
 from tribill.command import require as _require
 from tribill.operating import dead_letters, doctor, suspense
 from tribill.roles import ROLES
@@ -98,7 +98,10 @@ def migrate(context: click.Context) -> None:
     type=_FILE,
     help="Names, addresses, VAT numbers, agreements (docs/documents.md); without, they are invented.",
 )
-def run(files: Sequence[Path], closes: Sequence[str], out: Path | None, parties: Sequence[Path]) -> None:
+@click.option("--accept-drift", is_flag=True, help="Close though the accruals differ from the ledger.")
+def run(
+    files: Sequence[Path], closes: Sequence[str], out: Path | None, parties: Sequence[Path], accept_drift: bool
+) -> None:
     """Replay interchange FILES through a private stack and write what each close invoices.
 
     The files are one log in the order named: JSON lines such as
@@ -116,7 +119,7 @@ def run(files: Sequence[Path], closes: Sequence[str], out: Path | None, parties:
     from tribill.closing import CloseRefused
 
     try:
-        closed = replay.run(files, closes, out, parties, say)
+        closed = replay.run(files, closes, out, parties, say, ["drift"] if accept_drift else [])
     except (CloseRefused, interchange.BadClose, ValueError, OSError) as error:
         raise _Failure(str(error)) from None
     if not closed:
@@ -227,30 +230,53 @@ def publish(context: click.Context, files: Sequence[Path]) -> None:
 @cli.command()
 @click.argument("period", required=False, metavar="[YYYY-MM]")
 @click.option("--previous", is_flag=True, help="The month before this one, in London.")
+@click.option("--preview", is_flag=True, help="Show what a close now would give; nothing is closed or recorded.")
 @click.option("--out", type=_FOLDER, help="Write <period>/lines.csv, held.csv and the documents here.")
+@click.option("--accept-lag", is_flag=True, help="Do not wait for charges and funding; accruals are not compared.")
+@click.option("--accept-attestations", is_flag=True, help="Do not wait for suppliers' attestations of usage.")
+@click.option("--accept-suspense", is_flag=True, help="Close with more usage in suspense than suspense_limit.")
+@click.option("--accept-drift", is_flag=True, help="Close though the accruals differ from the ledger.")
 @click.pass_context
-def close(context: click.Context, period: str | None, previous: bool, out: Path | None) -> None:
+def close(
+    context: click.Context, /, period: str | None, previous: bool, preview: bool, out: Path | None, **accepts: bool
+) -> None:
     """Close a PERIOD: fix the cut, wait until all stages have reached it, and issue the documents.
 
-    Asking for a closed period answers with its documents.
+    Asking for a closed period answers with its documents.  What is accepted is recorded with the close,
+    under your name, and stands on its control sheet.  A period that has not ended, or is not the next
+    one, cannot be closed: there is no switch for that, but a --preview.
     """
     from rating.calendar import parse_month
+    from rating.statements import OutOfBalance
     from sinks.clickhouse import ClickHouse
     from sinks.documents import Documents
     from sinks.papers.files import write_files
     from tribill.closing import CloseRefused, close_and_wait, previous_month
+    from tribill.preview import Preview
 
     if (period is None) != previous:
         raise click.UsageError("name a period such as 2026-04, or give --previous")
     settings = load_settings(context)
     _require(settings, "kafka", "clickhouse")
     text = period or previous_month()
+    progress = Progress()
+    accept = [name.removeprefix("accept_") for name, given in accepts.items() if given]
     try:
-        closed = close_and_wait(settings, text, say)
-    except CloseRefused as error:
+        month = parse_month(text)
+        if preview:
+            shown = Preview(settings, month, progress)
+            if out is not None:
+                write_files(shown, month, out, progress)
+            progress.end()
+            click.echo("\n".join(shown.lines()))
+            return
+        closed = close_and_wait(settings, text, progress, accept=accept, requested_by=caller())
+    except (CloseRefused, OutOfBalance, ValueError) as error:
+        progress.end()
         raise _Failure(str(error)) from None
     if out is not None:
-        write_files(Documents(ClickHouse(settings)), parse_month(text), out)
+        write_files(Documents(ClickHouse(settings)), month, out, progress)
+    progress.end()
     click.echo(closed.summary())
 
 

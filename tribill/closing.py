@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -35,12 +35,13 @@ class Closed:
     corrected_pence: int
     billed_pence: int
     notice: str
+    verb: str = "closed"
 
     def summary(self) -> str:
         """One line for a person; corrections and what they are a share of count without regard to sign."""
         permille = round_half_away(1000 * self.corrected_pence, self.billed_pence or 1)
         return (
-            f"{self.period} closed: {self.documents} documents, net {pounds_text(self.net_pence)}, "
+            f"{self.period} {self.verb}: {self.documents} documents, net {pounds_text(self.net_pence)}, "
             f"held {pounds_text(self.held_pence)}, corrections {pounds_text(self.corrected_pence)} "
             f"({permille // 10}.{permille % 10} % of all billed), drift {self.drift}"
             + (f"; {self.notice}" if self.notice else "")
@@ -53,26 +54,41 @@ def previous_month() -> str:
     return month_text(now.year * 12 + now.month - 2)
 
 
-def close_and_wait(settings: Settings, period: str, say: Callable[[str], None], add: Callable[[], str] = str) -> Closed:
+def close_and_wait(
+    settings: Settings,
+    period: str,
+    say: Callable[[str], None],
+    add: Callable[[], str] = str,
+    *,
+    accept: Sequence[str] = (),
+    requested_by: str = "",
+    patience_seconds: float = float("inf"),
+) -> Closed:
     """Asks for the close of a period and returns when its documents are final.
 
-    Says what is waited for whenever that changes, with what `add` has to add.  Raises CloseRefused.
+    `accept` is what shall not stop it: any of lag, attestations, suspense, drift.  Says what is waited for
+    whenever that changes, with what `add` has to add; if that is something, and nothing else changes, for no
+    longer than `patience_seconds`.  Raises CloseRefused.
     """
     clickhouse = ClickHouse(settings)
     documents = Documents(clickhouse)
-    value = Codec(settings).encode("CloseRequested", {"period": period})
+    request = {"period": period, "accept": list(accept), "requested_by": requested_by}
+    value = Codec(settings).encode("CloseRequested", request)
     offset = Outbox(settings).deliver(PERIOD_EVENTS, value, key=period)
-    said = ""
+    said, changed = "", time.monotonic()
     while True:
         answer = documents.answer_since(period, settings.log_generation, offset)
         if answer is not None and answer[0] == "refused":
             raise CloseRefused(f"the close of {period} is refused: {answer[1]}")
         if answer is not None and answer[0] == "closed":
             break
-        waits = (answer[1] if answer else f"{period} waits for period-close to take the request") + add()
+        added = add()
+        waits = (answer[1] if answer else f"{period} waits for period-close to take the request") + added
         if waits != said:
             say(waits)
-            said = waits
+            said, changed = waits, time.monotonic()
+        elif added and time.monotonic() - changed > patience_seconds:
+            raise CloseRefused(f"the close of {period} was given up after {patience_seconds:.0f} s: {waits}")
         time.sleep(_POLL_SECONDS)
     [(count, net, held, drift)] = clickhouse.query(
         "SELECT documents, net_pence, held_pence, toString(round(drift_pence, 2)) FROM periods FINAL"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import re
-import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from rating.amounts import micros_text
-from tribill.command import Failure, load_settings, printable, require, say
+from tribill.command import Failure, caller, load_settings, printable, require, say
 
 if TYPE_CHECKING:
     from sinks.dead_letters import KeptLetter, LetterBox, LetterFilter, LetterId
@@ -334,7 +332,7 @@ def _edited(path: Path) -> Mapping[str, Any]:
 
 
 def _name(by: str) -> str:
-    return by or f"{getpass.getuser()}@{socket.gethostname()}"
+    return by or caller()
 
 
 def _why(letter: KeptLetter) -> str:

@@ -15,12 +15,15 @@ from streams.settings import Settings
 from streams.topics import STAGES
 from tribill import interchange
 from tribill.closing import Closed, close_and_wait
+from tribill.command import caller
 from tribill.importing import import_party_files
 from tribill.installation import Installation
 
 #: Records are stamped so many milliseconds after this instant as lines came before them: "first"
 #: is by broker timestamp, and in an interchange file the order of lines is the order of the log.
 _FIRST_STAMP_MS = 1_000_000_000_000
+#: So long a close waits for a worker that has ended or does nothing: a run must not hang for ever.
+_PATIENCE_SECONDS = 600
 
 
 def run(
@@ -29,9 +32,12 @@ def run(
     out: Path | None,
     parties: Sequence[Path],
     say: Callable[[str], None],
+    accept: Sequence[str] = (),
     **overrides: Any,
 ) -> list[Closed]:
     """Replays the files, closes what they and `closes` ask for, writes `out/<period>/...`.
+
+    `accept` is what does not stop a close (`tribill.closing`).
 
     Without files of `parties` they are invented.  Raises CloseRefused, interchange.BadClose, OSError.
     """
@@ -47,6 +53,7 @@ def run(
         arrival_floor=arrival.isoformat(),
         horizon_month="" if last is None else month_text(last),
         close_any_period=True,
+        close_wait_seconds=_PATIENCE_SECONDS,
         specimen=not parties,
         **overrides,
     )
@@ -57,16 +64,19 @@ def run(
             installation.start_workers([role for role, _ in STAGES])
             say(f"private stack in {directory}; {survey.lines} lines, {len(periods)} closes")
             import_party_files(parties, ClickHouse(installation.settings), say)
-            return _Replay(installation, out, say).replay(files, closes)
+            return _Replay(installation, out, say, accept).replay(files, closes)
 
 
 class _Replay:
     """One run over a started installation."""
 
-    def __init__(self, installation: Installation, out: Path | None, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, installation: Installation, out: Path | None, say: Callable[[str], None], accept: Sequence[str]
+    ) -> None:
         self._installation = installation
         self._out = out
         self._say = say
+        self._accept = accept
         self._publisher = interchange.Publisher(installation.settings)
         self._clickhouse = ClickHouse(installation.settings)
 
@@ -90,7 +100,15 @@ class _Replay:
 
     def _close(self, text: str) -> Closed:
         self._publisher.flush()
-        closed = close_and_wait(self._installation.settings, text, self._say, self._dead_workers)
+        closed = close_and_wait(
+            self._installation.settings,
+            text,
+            self._say,
+            self._dead_workers,
+            accept=self._accept,
+            requested_by=caller(),
+            patience_seconds=_PATIENCE_SECONDS,
+        )
         if self._out is not None:
             from sinks.papers.files import write_files
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rating.amounts import MICROS, PENNY, micros, micros_text, pounds_text, round_half_away
+from rating.amounts import MICROS, PENNY, micros_text, pounds_text, round_half_away
 from rating.calendar import month_text, parse_month
 from rating.close import ChargeKey
 from rating.evidence import Read, read_evidence, rederive, signed_pence
@@ -24,6 +26,7 @@ from tribill.verify_usage import BadUsage, Bill, compare_usage, read_usage
 KINDS = ("invoice", "credit-note", "pro-forma")
 #: The evidence of a whole country's largest document is some 60 MB.
 FILE_MAX_BYTES = 512 * 1024 * 1024
+_DECIMAL = re.compile(r"-?[0-9]{1,60}(\.[0-9]{1,6})?")
 
 
 class Unusable(Exception):
@@ -115,14 +118,20 @@ def _documents(path: Path, said: _Saying) -> list[Path]:
         else:
             found = [path]
     else:
-        found = sorted(each for kind in KINDS for each in path.rglob(f"*-{kind}.json"))
+        found = sorted(each for kind in KINDS for each in _files(path, f"*-{kind}.json"))
         stems = {_evidence_of(each) for each in found}
-        for evidence in sorted(path.rglob("*-evidence.json")):
+        for evidence in _files(path, "*-evidence.json"):
             if evidence not in stems:
                 said.differs(f"{evidence}: there is no document beside this evidence")
     if not found:
         raise Unusable(f"{path}: no document here; its name ends in {', '.join(f'-{kind}.json' for kind in KINDS)}")
     return found
+
+
+def _files(path: Path, pattern: str) -> list[Path]:
+    """The files of periods: a payer or practice may have a code that makes its other papers look like them."""
+    found = path.rglob(pattern)
+    return sorted(each for each in found if not {"odoo", "statements"} & {*each.relative_to(path).parts[:-1]})
 
 
 def _evidence_of(document: Path) -> Path:
@@ -251,11 +260,12 @@ def _problems_of_line(row: Fields, key: ChargeKey, net: int, expected: int, read
 
 
 def _signed_micros(row: Fields, name: str) -> int:
+    """A quantity or price of a document, which may be a sum: of any size, and negative."""
     text = row.text(name)
-    try:
-        return -micros(text[1:]) if text.startswith("-") else micros(text)
-    except ValueError as error:
-        raise Refused(row.at(name), str(error)) from None
+    if not _DECIMAL.fullmatch(text):
+        raise Refused(row.at(name), f"is {text[:40]!r}, not a decimal with at most six places")
+    units, _, places = text.partition(".")
+    return int(units + places.ljust(6, "0"))
 
 
 def _verify_totals(path: Path, body: dict[str, Any], read: Read, net: dict[ChargeKey, int], said: _Saying) -> None:
@@ -299,7 +309,7 @@ def _name(key: ChargeKey) -> str:
 
 def _verify_lines_csv(path: Path, checked: Sequence[_Checked], said: _Saying) -> None:
     """Each lines.csv has the rows of the documents beside it, and no others."""
-    for file in sorted(path.rglob("lines.csv")):
+    for file in _files(path, "lines.csv"):
         documents = [each for each in checked if each.path.parent == file.parent]
         expected = {
             (*key[:5], month_text(key.month), "charge" if key.month == each.read.period else "adjustment"): pence
@@ -307,7 +317,8 @@ def _verify_lines_csv(path: Path, checked: Sequence[_Checked], said: _Saying) ->
             for key, pence in each.net.items()
         }
         try:
-            found = {tuple(row[:7]): row[7] for row in csv.reader(_bytes(file).decode().splitlines()[1:])}
+            rows = list(csv.reader(io.StringIO(_bytes(file).decode(), newline="")))[1:]
+            found = {tuple(row[:7]): row[7] for row in rows}
         except (UnicodeDecodeError, IndexError, csv.Error):
             said.differs(f"{file}: is no lines.csv")
             continue

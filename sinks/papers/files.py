@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rating.calendar import month_text
-from rating.close import CSV_HEADER, csv_rows
+from rating.close import CSV_HEADER, ChargeKey, csv_rows
 from rating.statements import CONTROL, PRACTICE
-from sinks.documents import Documents
+from sinks.evidence import write_whole
 
 #: From so many papers on it pays to start other processes.
 _MANY = 500
@@ -35,25 +36,48 @@ _LINE_COLUMNS = (
 )  # fmt: skip
 
 
-def write_files(documents: Documents, period: int, directory: Path) -> list[Path]:
-    """Writes all files of a closed period; returns their paths."""
+#: A paper's files, and its bill for the payer's Odoo, if it is one.
+Paper = tuple[list[Path], str, list[list[str]]]
+
+
+class Source(Protocol):
+    """Where the papers of a period come from: the ledger (`sinks.documents.Documents`), or a preview."""
+
+    def rows(self, period: int, kind: str) -> Mapping[ChargeKey, int]:
+        """The `invoiced` or `held` rows."""
+
+    def bodies(self, period: int) -> list[str]:
+        """The JSON of the documents in the order of their numbers, then of the statements."""
+
+    def write_evidence(self, period: int, folder: Path, name: Callable[[str], str]) -> Iterator[Path]:
+        """Writes the evidence of the documents, file by file."""
+
+
+def write_files(
+    source: Source, period: int, directory: Path, tell: Callable[[str], None] = lambda _: None
+) -> list[Path]:
+    """Writes all files of a period, and tells how far it is; returns their paths.
+
+    Each is there whole or not at all; written again after a kill they are the same, byte for byte.
+    """
     folder = directory / month_text(period)
     (folder / "statements").mkdir(parents=True, exist_ok=True)
     written = []
     for name, kind in (("lines.csv", "invoiced"), ("held.csv", "held")):
-        rows = csv_rows(documents.rows(period, kind), period)
+        rows = csv_rows(source.rows(period, kind), period)
         written.append(_write_csv(folder / name, CSV_HEADER, rows))
     bills: dict[str, list[list[str]]] = {}
-    for paths, payer, bill in _each(documents.bodies(period), partial(write_paper, folder)):
+    bodies = source.bodies(period)
+    for number, (paths, payer, bill) in enumerate(_each(bodies, partial(write_paper, folder)), start=1):
         written += paths
         if bill:
             bills.setdefault(payer, []).extend(bill)
+        tell(f"{month_text(period)}: {number} of {len(bodies)} papers are written")
     written += _write_odoo(folder / "odoo", bills)
-    return written + documents.write_evidence(period, folder, safe_name)
-
-
-#: What a paper's files are, and its bill for the payer's Odoo, if it is one.
-Paper = tuple[list[Path], str, list[list[str]]]
+    for number, path in enumerate(source.write_evidence(period, folder, safe_name), start=1):
+        written.append(path)
+        tell(f"{month_text(period)}: {number} files of evidence are written")
+    return written
 
 
 def _each(bodies: list[str], write: Callable[[str], Paper]) -> Iterator[Paper]:
@@ -113,17 +137,15 @@ def _write_odoo(folder: Path, bills: dict[str, list[list[str]]]) -> list[Path]:
 
 
 def _write(stem: Path, suffix: str, content: bytes) -> Path:
-    path = stem.with_name(stem.name + suffix)
-    path.write_bytes(content)
-    return path
+    return write_whole(stem.with_name(stem.name + suffix), content)
 
 
 def _write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[str]]) -> Path:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        out = csv.writer(file, lineterminator="\n")
-        out.writerow(header)
-        out.writerows(rows)
-    return path
+    file = io.StringIO()
+    out = csv.writer(file, lineterminator="\n")
+    out.writerow(header)
+    out.writerows(rows)
+    return write_whole(path, file.getvalue().encode())
 
 
 def json_text(body: dict[str, Any]) -> str:
@@ -143,10 +165,16 @@ def control_text(body: dict[str, Any]) -> str:
     """The control sheet for a person."""
     rows = [(name, body[name]) for name in ("charges", "adjustments", "net", "vat", "gross", "held")]
     rows += [(f"documents: {kind}", str(count)) for kind, count in body["documents"].items()]
-    lines = [f"Control sheet of {body['period']}, in pounds", ""]
+    title = "Preview of the control sheet" if body["preview"] else "Control sheet"
+    lines = [f"{title} of {body['period']}, in pounds", ""]
     lines += [f"{name:<44}{value:>20}" for name, value in rows]
     lines += ["", f"{'what must agree':<44}{'found':>20}{'due':>20}"]
     lines += [f"{each['what']:<44}{each['found']:>20}{each['due']:>20}" for each in body["checks"]]
+    if body["usage"]:
+        lines += ["", "usage as attested"]
+        lines += [f"{code:<14}{each['said']}" for code, each in body["usage"].items()]
+    if body["accepted"]:
+        lines += ["", "found, and accepted by the request", *body["accepted"]]
     lines += ["", "series of numbers, without a gap"]
     lines += [f"{payer:<44}{each['first']:>20}{each['last']:>20}" for payer, each in body["series"].items()]
     return "\n".join(lines) + "\n"

@@ -12,9 +12,11 @@ import csv
 import io
 import json
 from collections.abc import Iterable
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from typing import Any
 
+#: As many digits as pence in the ledger have: no sum of pounds is rounded.
+MONEY_DIGITS = 80
 _FIELDS = (
     "id",
     "move_type",
@@ -33,7 +35,8 @@ _FIELDS = (
 
 def odoo_table(bodies: Iterable[dict[str, Any]]) -> list[list[str]]:
     """The rows of the import: the first of a bill has its head, the others only their line."""
-    return [row for body in bodies if body["self_billed"] for row in _bill(body)]
+    with localcontext(prec=MONEY_DIGITS):
+        return [row for body in bodies if body["self_billed"] for row in _bill(body)]
 
 
 def odoo_csv(table: list[list[str]]) -> str:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import unicodedata
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from datetime import date, datetime
-from decimal import Decimal
+from decimal import Decimal, localcontext
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from fpdf import FPDF
+
+from sinks.papers.odoo import MONEY_DIGITS
 
 #: A document with more lines shows its items alone, and names the file that has the lines.
 MOST_LINES = 1_000
@@ -36,13 +40,14 @@ class Column(NamedTuple):
 
 
 class Paper(FPDF):  # type: ignore[misc]  # fpdf has no types that mypy follows
-    """A4 pages with a running title, page numbers, and a watermark on a specimen."""
+    """A4 pages with a running title, page numbers, and a watermark on a preview or specimen."""
 
-    def __init__(self, title: str, about: str, at: datetime, specimen: bool) -> None:
+    def __init__(self, title: str, about: str, body: dict[str, Any]) -> None:
         super().__init__(format="A4")
-        self._title, self._about, self._specimen = plain(title), plain(about), specimen
+        self._title, self._about = plain(title), plain(about)
+        self._watermark = "PREVIEW" if body.get("preview") else "SPECIMEN" if body["specimen"] else ""
         self.set_title(f"{self._title} {self._about}")
-        self.set_creation_date(at)
+        self.set_creation_date(datetime.fromisoformat(body["issued_at"]))
         self.set_margins(_MARGIN, 14, _MARGIN)
         self.set_auto_page_break(True, 18)
         self._columns: Sequence[Column] = ()
@@ -52,11 +57,11 @@ class Paper(FPDF):  # type: ignore[misc]  # fpdf has no types that mypy follows
 
     def header(self) -> None:
         """The watermark, and from the second page on the running title."""
-        if self._specimen:
+        if self._watermark:
             self.set_font("helvetica", "B", 84)
             self.set_text_color(247, 233, 233)
             with self.rotation(52, 105, 150):
-                self.text(18, 168, "SPECIMEN")
+                self.text(18, 168, self._watermark)
         if self.page_no() > 1:
             self._font(8, colour=_GREY)
             self._paragraph(f"{self._title} {self._about}", 7, _WIDTH)
@@ -201,9 +206,8 @@ class Paper(FPDF):  # type: ignore[misc]  # fpdf has no types that mypy follows
         text, room = plain(text), (width - 2) * 1000 / self.font_size
         taken = self._units(text)
         if taken > room:
-            while text and self._units(text + "...") > room:
-                text = text[:-1]
-            text += "..."
+            units = list(accumulate(map(self.current_font.cw.__getitem__, text)))
+            text = text[: bisect_right(units, room - self._units("..."))] + "..."
             taken = self._units(text)
         self.text(x + width - 1 - taken * self.font_size / 1000 if right else x + 1, baseline, text)
 
@@ -284,10 +288,14 @@ def _party_lines(party: dict[str, Any]) -> list[str]:
 
 def document_pdf(body: dict[str, Any]) -> bytes:
     """An invoice, credit note or pro-forma."""
+    with localcontext(prec=MONEY_DIGITS):
+        return _document(body)
+
+
+def _document(body: dict[str, Any]) -> bytes:
     credit = body["kind"] == "credit-note"
     sign = -1 if credit else 1
-    at = datetime.fromisoformat(body["issued_at"])
-    paper = Paper(_TITLES[body["kind"]], body["number"], at, body["specimen"])
+    paper = Paper(_TITLES[body["kind"]], body["number"], body)
     facts = [("Number", body["number"]), ("Issue date", day(body["issue_date"])), ("Period", body["period"])]
     facts += [("Tax point", day(body["tax_point"]))]
     facts += [("Payment due", day(body["due_date"]))] if body["kind"] == "invoice" else []
@@ -413,9 +421,13 @@ def _why(line: dict[str, Any]) -> str:
 
 def statement_pdf(body: dict[str, Any]) -> bytes:
     """A practice's or ordering party's statement, or a supplier's remittance advice."""
+    with localcontext(prec=MONEY_DIGITS):
+        return _statement(body)
+
+
+def _statement(body: dict[str, Any]) -> bytes:
     kind = body["statement"]
-    at = datetime.fromisoformat(body["issued_at"])
-    paper = Paper(_TITLES[kind], f"{body['code']} {body['period']}", at, body["specimen"])
+    paper = Paper(_TITLES[kind], f"{body['code']} {body['period']}", body)
     facts = [("Code", body["code"]), ("Period", body["period"])]
     if kind == "supplier":
         facts += [("Gross", money(body["gross"])), ("Held", money(body["held_net"]))]
@@ -426,6 +438,7 @@ def statement_pdf(body: dict[str, Any]) -> bytes:
         paper.blocks([("FOR", [body["name"]])])
     if kind == "supplier":
         _documents(paper, body)
+        _usage(paper, body.get("usage"))
     if allocation := body.get("allocation"):
         _allocation(paper, allocation)
     if kind == "practice":
@@ -451,6 +464,14 @@ def _documents(paper: Paper, body: dict[str, Any]) -> None:
     ]
     total = ["", "", "", money(body["net"]), money(body["vat"]), money(body["gross"])]
     paper.table("Documents of this period, in pounds", columns, rows, total)
+
+
+def _usage(paper: Paper, usage: dict[str, Any] | None) -> None:
+    if usage:
+        columns = (Column("Usage of this month", 90), Column("Readings", 45, True), Column("Units", 45, True))
+        parts = (("As attested", usage.get("attested")), ("Counted here, at the cut", usage["found"]))
+        rows = [[name, f"{each['count']:,}", _number(each["quantity"])] for name, each in parts if each]
+        paper.table("Usage: " + usage["said"], columns, rows)
 
 
 def _allocation(paper: Paper, allocation: dict[str, Any]) -> None:
