@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 from agents.collector import collector_paused
 from agents.context import Context
 from agents.explaining import Changes, Explained, Explaining
 from rating.amounts import micros_text
 from rating.book import Book, Service
+from rating.calendar import month_start
 from rating.close import ChargeKey, Derivation, derive, invoice
-from rating.completeness import Completeness, completeness
+from rating.completeness import Completeness, Reported, completeness
 from rating.documents import Document, documents
 from rating.evidence import Known
 from rating.statements import Papers, Statement
@@ -68,6 +70,11 @@ class Derived:
         return "; ".join(said)
 
 
+def attestation_deadline(period: int, days: int) -> datetime:
+    """Until when a close waits for attestations: so many days after the period."""
+    return month_start(period + 1) + timedelta(days=days)
+
+
 @dataclass(frozen=True, slots=True)
 class Issue:
     """The papers of a close: documents with their causes, the other papers, and from what they are."""
@@ -85,6 +92,19 @@ class Deriving:
         self._documents = Documents(context.clickhouse)
         self._explaining = Explaining(context)
         self._parties = PartyStore(context.clickhouse)
+
+    def awaited(self, period: int) -> dict[str, Completeness]:
+        """Whose attestations a close would wait for, as the ledger is now.
+
+        Awaited is each supplier that has reported or attested usage of the period or the one before, until it
+        has attested the period and the ledger has as much.
+        """
+        months = (period - 1, period)
+        attested = self._documents.attested(months, self._context.settings.log_generation, 2**62)
+        reported = self._context.ledger.reported(months)
+        known = {code for month in months for code in (*attested[month], *reported[month])}
+        found = completeness(attested[period], dict.fromkeys(known, Reported()) | reported[period])
+        return {code: each for code, each in found.items() if each.status in ("none", "short")}
 
     def derive(self, period: int, cut: Cut) -> Derived:
         """All lines from the first day on, less what was invoiced before."""

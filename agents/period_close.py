@@ -25,7 +25,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -33,12 +33,11 @@ from typing import Any, ClassVar
 import structlog
 
 from agents.context import Context
-from agents.deriving import Derived, Deriving, Issue
+from agents.deriving import Derived, Deriving, Issue, attestation_deadline
 from agents.drift import drift_pence
 from agents.reconcile import Reconcile
 from rating.amounts import micros, micros_text
 from rating.calendar import month_start, month_text, parse_month
-from rating.completeness import Reported, completeness
 from rating.documents import Document
 from rating.records import Refused
 from rating.statements import OutOfBalance
@@ -210,21 +209,12 @@ class PeriodClose(Agent):
                 self._answer(request, "waiting", "the cut is being fixed")
 
     def _missing(self, period: int, request: Request) -> str:
-        """Whose attestations a close waits for, and until when; nothing when it does not, or no longer.
-
-        Awaited is each supplier that has reported or attested usage of the period or the one before, until
-        it has attested the period and the ledger has as much.
-        """
+        """Whose attestations a close waits for, and until when; nothing when it does not, or no longer."""
         days = self._context.settings.attestation_days
-        deadline = month_start(period + 1) + timedelta(days=days)
+        deadline = attestation_deadline(period, days)
         if not days or ATTESTATIONS in request.accepted or datetime.now(UTC) >= deadline:
             return ""
-        months = (period - 1, period)
-        attested = self._documents.attested(months, self._generation, 2**62)
-        reported = self._context.ledger.reported(months)
-        awaited = {code for month in months for code in (*attested[month], *reported[month])}
-        found = completeness(attested[period], dict.fromkeys(awaited, Reported()) | reported[period])
-        missing = [f"{code} ({each.text})" for code, each in found.items() if each.status in ("none", "short")]
+        missing = [f"{code} ({each.text})" for code, each in self._deriving.awaited(period).items()]
         if not missing:
             return ""
         shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")

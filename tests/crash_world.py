@@ -123,6 +123,8 @@ class MemoryLog:
         self.records: dict[Place, list[Entry]] = {
             (name, partition): [] for name, count in self.counts.items() for partition in range(count)
         }
+        #: Every message on `invoices`, by its key.
+        self.invoices: dict[Any, set[Any]] = {}
         self._clock = _ARRIVAL_MS
 
     def append(self, topic: str, value: bytes | None, key: str | bytes | None, partition: int) -> Place:
@@ -166,6 +168,8 @@ class MemoryOutbox:
     ) -> None:
         """As `streams.producer.Outbox.send`."""
         record = (topic, value, key, partition)
+        if topic == INVOICES:
+            self._log.invoices.setdefault(key, set()).add(value)
         if topic in UNREAD:
             return
         if self._eager:
@@ -317,9 +321,10 @@ class World:
         """An interchange line, encoded as `tribill publish` does."""
         self._publisher.send_record(line["topic"], line["value"])
 
-    def request_close(self, period: str) -> int:
+    def request_close(self, period: str, *accept: str) -> int:
         """Asks for a close; returns the request's offset."""
-        self.log.append(PERIOD_EVENTS, self.codec.encode("CloseRequested", {"period": period}), period, 0)
+        request = {"period": period, "accept": [*accept], "requested_by": "tester"}
+        self.log.append(PERIOD_EVENTS, self.codec.encode("CloseRequested", request), period, 0)
         return self.log.end((PERIOD_EVENTS, 0)) - 1
 
     def places(self, role: str) -> list[Place]:
@@ -350,7 +355,7 @@ class World:
         agent = AGENTS[role](FusedContext(role, self, fuse or Fuse(), eager=eager, held=held))
         if isinstance(agent, PeriodClose):
             agent._broker = _LogBroker(self.log)  # type: ignore[assignment]
-            agent._wait = lambda period, cut: None  # type: ignore[method-assign]  # there is no consumer group
+            agent._wait = lambda period, cut, request: ""  # type: ignore[method-assign]  # there is no consumer group
         return agent
 
     def step(self, role: str, place: Place, size: int = 10_000) -> bool:
@@ -439,11 +444,23 @@ class World:
         drifts = self.clickhouse.query("SELECT period, toString(drift_pence) FROM periods FINAL WHERE drift_pence != 0")
         assert drifts == [], f"{drifts} the accruals differed from the ledger at a close (promise 3)"
         # No FINAL: what an attempt that died has written counts, too.
-        bodies = "SELECT period, number AS name, body FROM documents UNION ALL SELECT period, concat(kind, code), body"
+        key = "toString((order_number, item_id, ods_code, supplier_id, payer, month))"
+        bodies = f"""
+            SELECT period, number AS name, body FROM documents
+            UNION ALL SELECT period, concat('evidence of ', number), body FROM evidence
+            UNION ALL SELECT period, concat(kind, code), body FROM statements
+            UNION ALL SELECT period, concat(kind, {key}), toString((pence, vat_rate_micros)) FROM document_rows
+            UNION ALL SELECT period, concat('cause of ', {key}),
+                             toString((cause, is_release, original_document)) FROM adjustments
+            UNION ALL SELECT period, concat(ordering_party, toString(month)), pence FROM allocations_wanted
+            UNION ALL SELECT period, 'totals', toString((documents, rows, net_pence, held_pence)) FROM periods
+        """  # names of ours
         different = self.clickhouse.query(
-            f"SELECT period, name FROM ({bodies} FROM statements) GROUP BY period, name HAVING uniqExact(body) > 1"
+            f"SELECT period, name FROM ({bodies}) GROUP BY period, name HAVING uniqExact(body) > 1"
         )
         assert different == [], "a close that was repeated wrote other bytes"
+        for number, messages in self.log.invoices.items():
+            assert len(messages) == 1, f"a close that was repeated announced other bytes of {number}"
 
     def _check_explained(self, period: int) -> None:
         """Each document's rows come out of its evidence, and each of its adjustments has its cause."""

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from agents.context import Context
-from agents.deriving import Deriving, Issue
+from agents.deriving import Deriving, Issue, attestation_deadline
 from agents.drift import drift_pence
 from rating.amounts import micros, micros_text, pounds_text
 from rating.calendar import month_start, month_text
@@ -52,6 +52,7 @@ class Preview:
         deriving = Deriving(context)
         say("the lines are being derived")
         self.derived = deriving.derive(period, self.cut)
+        self._awaited = deriving.awaited(period)
         say("the documents are being made")
         self.issue: Issue = deriving.issue(self.derived, [], preview=True)
         self.drift = drift_pence(context, period, self.derived.derivation, self.cut)
@@ -108,9 +109,10 @@ class Preview:
         for stage, behind in self.lag.items():
             if behind:
                 yield f"waits for {stage}: {behind} records to do, which the preview may lack"
-        if settings.attestation_days and any(each.status in ("none", "short") for each in self.completeness.values()):
-            days = settings.attestation_days
-            yield f"waits for attestations until {days} days after the period (--accept-attestations)"
+        deadline = attestation_deadline(self._period, settings.attestation_days)
+        if datetime.now(UTC) < deadline and settings.attestation_days and self._awaited:
+            until = f"{deadline:%Y-%m-%d %H:%M} UTC"
+            yield f"waits for attestations of {', '.join(self._awaited)} until {until} (--accept-attestations)"
         if settings.suspense_limit and self.derived.suspense_micros > micros(settings.suspense_limit):
             units, limit = micros_text(self.derived.suspense_micros), settings.suspense_limit
             yield f"refused: {units} units in suspense, more than {limit} (--accept-suspense)"
