@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from datetime import datetime
+from dataclasses import replace
+from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from agents import period_close
 from rating.calendar import parse_month
 from rating.completeness import Completeness, Reported
 from sinks.papers.files import write_files
+from sinks.parties import PartyStore
 from streams.batch import NotYet
 from streams.topics import PERIOD_EVENTS
 from tests.crash_world import AGENTS, World
@@ -379,6 +381,89 @@ def test_a_preview_says_what_a_close_would_meet(new_world: NewWorld) -> None:
         assert expected in said
     with pytest.raises(CloseRefused, match="tribill close 2026-04 --out"):
         preview(world, "2026-04")
+
+
+# --- what stands on documents ---------------------------------------------------------------
+
+
+def bodies(world: World, period: str) -> dict[str, dict[str, Any]]:
+    """The documents of a period by payer."""
+    return {body["payer"]: body for _, _, body in world.documents.documents(parse_month(period))}
+
+
+def test_vat_of_an_order_placed_anew(new_world: NewWorld) -> None:
+    """What is taken back gives back the VAT that was charged; what is charged for it anew has the rate of now."""
+    world = new_world(specimen=True)
+    metered(world)
+    assert ask(world)[0] == "closed"
+    world.say(contract(C1, "c9", Retracted={"change_id": "c1"}))
+    world.drain(AT_WORK)
+    assert ask(world, period="2026-05")[0] == "closed"
+    order = placed("C010001-01", "QOP", "10030", ordered(S, P1, METERED, BY_PARTY)) | {"vat_rate": "0.05"}
+    world.say(contract(C1, "c10", OrderPlaced=order))
+    world.drain(AT_WORK)
+    assert ask(world, period="2026-06")[0] == "closed"
+    lines = [bodies(world, f"2026-0{month}")["QOP"]["lines"] for month in (4, 5, 6)]
+    said = [[(each["for_period"], each["vat_rate"], each["net"]) for each in of] for of in lines]
+    net = said[0][0][2]
+    april = "2026-04"
+    assert said == [[(april, "0.2", net)], [(april, "0.2", f"-{net}")], [(april, "0.05", net)]]
+
+
+def described(*agreements: dict[str, Any]) -> list[dict[str, Any]]:
+    """Party rows of a supplier and a payer, with agreements between them."""
+    head = {"address": ["1 High Street"], "postcode": "LS1 1AA", "vat_number": "GB999999973", "from": "2026-01-01"}
+    head["endpoint"] = {"scheme": "9932", "id": "GB999999973"}
+    between = {"supplier_id": "10030", "payer": "QOP", "vat_number": "GB999999973"}
+    parties = [{"party": head | {"code": code, "name": f"Body {code}"}} for code in ("10030", "QOP")]
+    return [*parties, *({"agreement": between | each} for each in agreements)]
+
+
+@pytest.mark.parametrize("agreed", [True, False])
+def test_what_a_pro_forma_billed_is_corrected(new_world: NewWorld, agreed: bool) -> None:
+    """An invoice of the series names no pro-forma as the document that it corrects; another pro-forma does."""
+    world = new_world()
+    rows = described({"from": "2026-05-01", "to": "2027-01-01"}) if agreed else described()
+    PartyStore(world.clickhouse).insert(rows, datetime(2026, 1, 1, tzinfo=UTC))
+    metered(world)
+    assert ask(world)[0] == "closed"
+    world.say(used("u3", "2026-04-05", "9"))
+    world.drain(AT_WORK)
+    assert ask(world, period="2026-05")[0] == "closed"
+    [line] = bodies(world, "2026-05")["QOP"]["lines"]
+    assert line["cause"]
+    assert line["original_document"] == (None if agreed else "QOP-10030-2026-04")
+    assert bodies(world, "2026-05")["QOP"]["kind"] == ("invoice" if agreed else "pro-forma")
+
+
+def test_a_document_too_long_for_a_message(new_world: NewWorld) -> None:
+    """On `invoices` it goes without all that grows with its lines, and says how many they are."""
+    world = new_world(specimen=True)
+    metered(world)
+    with mock.patch.object(period_close, "_MESSAGE_CHARACTERS", 1_000):
+        assert ask(world)[0] == "closed"
+    [(number, [message])] = world.log.invoices.items()
+    body = json.loads(world.codec.decode(message, ("Document",)).value["body"])
+    whole = bodies(world, "2026-04")["QOP"]
+    assert body["number"] == number
+    assert body["lines_left_out"] == len(whole["lines"])
+    assert [body[name] for name in ("lines", "items", "orders")] == [[], {}, {}]
+    assert {name: body[name] for name in ("gross", "sha256", "supplier")} == {
+        name: whole[name] for name in ("gross", "sha256", "supplier")
+    }
+
+
+def test_a_setting_that_changes_while_it_closes(new_world: NewWorld) -> None:
+    """Specimen or not is decided with the cut: a process with another setting goes on with the same documents."""
+    world = new_world(specimen=True)
+    metered(world)
+    world.request_close("2026-04")
+    place = (PERIOD_EVENTS, 0)
+    world.step("period-close", place, 1)
+    world.crash("period-close", world.batch(place, 1, 1), 3)
+    world.settings = replace(world.settings, specimen=False)
+    world.drain(["period-close"])
+    assert bodies(world, "2026-04")["QOP"]["specimen"] is True
 
 
 # --- files ----------------------------------------------------------------------------------

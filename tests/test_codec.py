@@ -173,7 +173,8 @@ def test_registry_gives_and_knows_ids() -> None:
         settings = Settings(schema_registry=f"http://127.0.0.1:{server.server_port}")
         data = Codec(settings).encode("CloseRequested", {"period": "2026-04"})
         assert data[:5] == b"\x00" + (700).to_bytes(4, "big")
-        assert Codec(settings).decode(data, ("CloseRequested",)).value == {"period": "2026-04"}
+        read = Codec(settings).decode(data, ("CloseRequested",)).value
+        assert read == {"period": "2026-04", "accept": [], "requested_by": ""}
         with pytest.raises(Undecodable, match="does not have"):
             Codec(settings).decode(b"\x00\x00\x00\x00\x01" + data[5:], ("CloseRequested",))
     finally:

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pypdfium2
 import pytest
@@ -29,7 +30,7 @@ from rating.records import Refused, read_contract_change, read_reference_change
 from rating.statements import OutOfBalance, Papers
 from sinks.papers.files import json_text
 from sinks.papers.odoo import odoo_csv, odoo_json, odoo_table
-from sinks.papers.pdf import document_pdf
+from sinks.papers.pdf import Paper, document_pdf
 from sinks.papers.ubl import ubl
 from tests.rich_book import contract, ordered, placed, price, reference
 
@@ -244,6 +245,14 @@ def test_without_the_right_a_pro_forma(rows: list[dict[str, Any]], why: str) -> 
     assert (bodies["QHM"]["number"], bodies["QHM"]["kind"]) == ("QHM-000001", "invoice")
 
 
+def test_pro_formas_of_codes_with_hyphens() -> None:
+    """Two documents never have one number, whatever payers and suppliers are called."""
+    rows = {ChargeKey("C010001", "x", "A00001", supplier, payer, APRIL): 5
+            for payer, supplier in (("A", "B-C"), ("A-B", "C"), ("A-B", "%2DC"), ("A", "B%2DC"))}  # fmt: skip
+    numbers = [each.number for each in issue(rows, parties())]
+    assert len({*numbers}) == len(rows)
+
+
 def test_without_a_peppol_address_no_e_invoice() -> None:
     """The invoice stands; what is missing is said."""
     [document] = issue({key(): 1000}, parties(party("10030", endpoint=None), *WHOLE[1:]))
@@ -365,6 +374,35 @@ def test_every_form_has_the_document_s_sums(body: dict[str, Any]) -> None:
     assert body["number"] in text
     assert f"{sign * Decimal(body['gross']) + 0:,.2f}" in text
     assert "The VAT shown is your output tax due to HMRC" in text.replace("\r\n", " ")
+
+
+def test_sums_of_any_size_are_exact() -> None:
+    """Pounds of more digits than Python's decimals have by default are neither rounded in the PDF nor for Odoo."""
+    huge = 10**40 + 1
+    [document] = issue({key(): huge, key(1): huge}, parties(*WHOLE))
+    body = json.loads(json.dumps(document.as_json()))
+    [line] = odoo_table([body])
+    assert line[-2] == pounds_text(2 * huge)
+    text = "".join(page.get_textpage().get_text_range() for page in pypdfium2.PdfDocument(document_pdf(body)))
+    pounds, _, pence = body["gross"].partition(".")
+    assert f"Total to pay £{int(pounds):,}.{pence}" in " ".join(text.split())
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(st.text(st.characters(codec="latin-1", exclude_categories=["C"]), max_size=60), st.integers(3, 60))
+def test_text_is_cut_where_the_field_ends(text: str, width: int) -> None:
+    """As much of it as there is room for, with dots where some is missing."""
+    paper = Paper("title", "about", {"issued_at": "2026-05-03T09:30:00Z", "specimen": False})
+    paper._font(9)
+    with mock.patch.object(paper, "text") as put:
+        paper._put(0, 0, width, text)
+    shown = put.call_args.args[2]
+    room = (width - 2) * 1000 / paper.font_size
+    if paper._units(text) <= room:
+        assert shown == text
+    else:
+        longest = max((n for n in range(len(text)) if paper._units(text[:n] + "...") <= room), default=0)
+        assert shown == text[:longest] + "..."
 
 
 def test_a_long_document_is_summed_up() -> None:

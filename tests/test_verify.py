@@ -236,6 +236,31 @@ def test_files_that_are_missing_or_do_not_belong_are_found(bills: Path) -> None:
     assert any("there is no NHSE-000002-evidence.json beside it" in text for text in said)
 
 
+def test_other_papers_that_look_like_documents_are_passed_over(bills: Path) -> None:
+    """A payer called X-invoice has a file odoo/X-invoice.json, and a supplier a statement."""
+    for name in ("odoo/X-invoice.json", "statements/supplier-Y-evidence.json", "statements/lines.csv"):
+        (bills / "2026-04" / name).write_text("{}")
+    assert check(bills)[0].exit_code == 0
+
+
+def test_codes_with_odd_characters_and_large_quantities_are_read(bills: Path) -> None:
+    """A line separator inside a code ends no row of lines.csv; a quantity may be a sum above a reading's limit."""
+    april = bills / "2026-04"
+    for path in (*april.glob("*.json*"), april / "lines.csv"):
+        path.write_text(path.read_text().replace("A83005", "A\u20283005"))
+    for path in april.glob("*-invoice.json"):
+        forge(path)
+    assert check(april)[0].exit_code == 0
+    document = april / "NHSE-000001-invoice.json"
+    body = json.loads(document.read_text())
+    body["lines"][0] |= {"quantity": "1000000000000000.5", "unit_price": "0"}
+    document.write_text(json.dumps(body))
+    forge(document)
+    said = check(april)[1]
+    assert len(said) == 1
+    assert "quantity x unit_price is not" in said[0]
+
+
 OWN = [line for line in LINES if str(line.get("topic", "")).startswith("usage")]
 
 
