@@ -15,7 +15,7 @@ from streams.settings import Settings
 from streams.topics import STAGES
 from tribill import interchange
 from tribill.closing import Closed, close_and_wait
-from tribill.command import caller
+from tribill.command import Progress, caller
 from tribill.importing import import_party_files
 from tribill.installation import Installation
 
@@ -112,7 +112,9 @@ class _Replay:
         if self._out is not None:
             from sinks.papers.files import write_files
 
-            write_files(Documents(self._clickhouse), parse_month(text), self._out)
+            progress = Progress()
+            write_files(Documents(self._clickhouse), parse_month(text), self._out, progress)
+            progress.end()
         self._say(closed.summary())
         return closed
 

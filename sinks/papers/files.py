@@ -30,6 +30,8 @@ from sinks.evidence import write_whole
 
 #: From so many papers on it pays to start other processes.
 _MANY = 500
+#: After so many files it is told how far they are.
+_TOLD = 50
 _LINE_COLUMNS = (
     "order_number", "item_id", "ods_code", "for_period", "kind", "quantity", "unit", "unit_price", "vat_rate", "net",
     "cause", "original_document",
@@ -72,11 +74,13 @@ def write_files(
         written += paths
         if bill:
             bills.setdefault(payer, []).extend(bill)
-        tell(f"{month_text(period)}: {number} of {len(bodies)} papers are written")
+        if number % _TOLD == 0:
+            tell(f"{month_text(period)}: {number} of {len(bodies)} papers are written")
     written += _write_odoo(folder / "odoo", bills)
     for number, path in enumerate(source.write_evidence(period, folder, safe_name), start=1):
         written.append(path)
-        tell(f"{month_text(period)}: {number} files of evidence are written")
+        if number % _TOLD == 0:
+            tell(f"{month_text(period)}: {number} files of evidence are written")
     return written
 
 
