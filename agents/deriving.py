@@ -126,12 +126,13 @@ class Deriving:
         """The papers of what was derived; of a preview without numbers.  Raises OutOfBalance."""
         period, cut, book = derived.period, derived.cut, derived.book
         parties = self._parties.parties(cut.party_imports, cut.specimen)
+        months = {key.month for key in derived.rows} - {period}
         issued = documents(
             derived.rows,
             period,
             book,
             {} if preview else self._documents.issued_before(period),
-            self._documents.vat_rates_before(period),
+            self._documents.vat_rates_before(period, months) if months else {},
             parties,
             cut.issued_at,
             preview=preview,

@@ -7,17 +7,17 @@ from fractions import Fraction
 
 from agents.context import Context
 from agents.explaining import Changes
-from rating.amounts import pence
+from rating.amounts import Exact, pence
 from rating.book import LineKey
 from rating.close import Derivation, rate_lines
 from rating.funding import charge_of
-from sinks.accruals import Accruals
+from sinks.accruals import Accruals, fraction_text
 from sinks.documents import Cut
 from sinks.positions import Positions
 from streams.topics import partition_for
 
-#: Exact pence by line and month.
-Charges = Mapping[tuple[LineKey, int], Fraction]
+#: The exact charge of each line's months.
+Charges = Mapping[LineKey, Mapping[int, Exact]]
 
 
 def drift_pence(context: Context, period: int, derived: Derivation, cut: Cut) -> Fraction:
@@ -36,21 +36,25 @@ def drift_pence(context: Context, period: int, derived: Derivation, cut: Cut) ->
         same = tuple(sorted(counted.items()))
         if same not in known:
             at_cut = _counts_the_cut(context, counted, cut)
-            known[same] = derived.exact if at_cut else _exact_at(context, counted, period)
+            known[same] = derived.charges if at_cut else _charges_at(context, counted, period)
         expected.append(known[same])
-    accrued = accruals.exact_and_version(period)
-    partition_of: dict[str, int] = {}
-    total, nothing = Fraction(0), Fraction(0)
-    for key in accrued.keys() | {key for each in known.values() for key in each}:
-        item_id = key[0][1]
-        if item_id not in partition_of:
-            partition_of[item_id] = partition_for(item_id, partitions)
-        partition = partition_of[item_id]
-        found, at = accrued.get(key, (nothing, 0))
-        due = expected[partition].get(key, nothing)
+    items = {line[1] for each in known.values() for line in each} | accruals.items()
+    partition_of = {item_id: partition_for(item_id, partitions) for item_id in items}
+    total = Fraction(0)
+    #: The months of each line that have a row, a bit each: there may be a million.
+    seen: dict[LineKey, int] = {}
+    for line, month, exact, at in accruals.exact_rows(period):
+        partition = partition_of[line[1]]
+        seen[line] = seen.get(line, 0) | 1 << period - month
+        due = pence(expected[partition].get(line, {}).get(month, 0))
         # A row that was written since its partition's positions were read counts more than they say.
-        if found != due and at <= complete[partition]:
-            total += abs(found - due)
+        if exact != fraction_text(due) and at <= complete[partition]:
+            total += abs(Fraction(exact) - due)
+    for partition, charges in enumerate(expected):
+        for line, months in charges.items():
+            if partition_of[line[1]] == partition:
+                of_line = seen.get(line, 0)
+                total += sum(abs(pence(due)) for month, due in months.items() if not of_line >> period - month & 1)
     return total
 
 
@@ -64,13 +68,12 @@ def _counts_the_cut(context: Context, counted: Positions, cut: Cut) -> bool:
     )
 
 
-def _exact_at(context: Context, counted: Positions, period: int) -> Charges:
+def _charges_at(context: Context, counted: Positions, period: int) -> Charges:
     """What the ledger gives at positions that the accruals count."""
     generation = context.settings.log_generation
     usage = context.ledger.totals_accepted(generation, counted)
     book = Changes(context, generation, counted).known(usage).book
     return {
-        (line.key, month): pence(charge_of(split))
+        line.key: {month: charge_of(split) for month, split in months.items()}
         for line, months in rate_lines(book, period)
-        for month, split in months.items()
     }

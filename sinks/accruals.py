@@ -288,7 +288,11 @@ class Accruals:
 
     def exact_and_version(self, month: int) -> dict[tuple[LineKey, int], tuple[Fraction, int]]:
         """The exact pence of every line's month up to one, with the version of the row."""
-        rows = self._clickhouse.query(
+        return {(line, each): (Fraction(exact), at) for line, each, exact, at in self.exact_rows(month)}
+
+    def exact_rows(self, month: int) -> Iterator[tuple[LineKey, int, str, int]]:
+        """Every line's month up to one, with its exact pence as text and the version of the row."""
+        rows = self._clickhouse.stream(
             """
             SELECT order_number, toString(item_id), ods_code, month,
                    argMax(exact_pence, accruals.version), max(accruals.version)
@@ -297,7 +301,12 @@ class Accruals:
             """,
             {"month": month},
         )
-        return {((order, item, ods), each): (Fraction(exact), at) for order, item, ods, each, exact, at in rows}
+        for order, item, ods, each, exact, at in rows:
+            yield (order, item, ods), each, exact, at
+
+    def items(self) -> set[str]:
+        """Every item that has a row."""
+        return {item for (item,) in self._clickhouse.query("SELECT DISTINCT toString(item_id) FROM accruals")}
 
     def wanted(self) -> list[tuple[LineKey, int, int, list[str], list[str]]]:
         """What every line's month would draw: (line, month, version, parties, exact pence as text)."""

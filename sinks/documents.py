@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -163,7 +163,7 @@ class Documents:
 
     def invoiced_before(self, period: int) -> dict[ChargeKey, int]:
         """All that was invoiced in earlier periods, in pence by charge key."""
-        rows = self._clickhouse.query(
+        rows = self._clickhouse.stream(
             """
             SELECT order_number, toString(item_id), ods_code, toString(supplier_id), payer, month, sum(pence)
             FROM document_rows FINAL
@@ -172,7 +172,9 @@ class Documents:
             """,
             {"period": month_text(period)},
         )
-        return {ChargeKey(*key): pence for *key, pence in rows}
+        # There may be millions: of equal texts one is kept.
+        one: dict[str, str] = {}
+        return {ChargeKey(*(one.setdefault(text, text) for text in key), month): pence for *key, month, pence in rows}
 
     def issued_before(self, period: int) -> dict[str, int]:
         """How many documents of its series each payer has issued in earlier periods."""
@@ -183,8 +185,8 @@ class Documents:
         )
         return {str(payer): int(count) for payer, count in rows}
 
-    def vat_rates_before(self, period: int) -> dict[ChargeKey, int]:
-        """The VAT rate (micros) that each key was last invoiced at in earlier periods, if anything of that stands.
+    def vat_rates_before(self, period: int, months: Collection[int]) -> dict[ChargeKey, int]:
+        """The VAT rate (micros) that each key of months was last invoiced at before, if anything of that stands.
 
         What was credited whole has given its VAT back: what is charged for it anew has its order's rate of now.
         """
@@ -193,11 +195,11 @@ class Documents:
             SELECT order_number, toString(item_id), ods_code, toString(supplier_id), payer, month,
                    argMax(vat_rate_micros, period)
             FROM document_rows FINAL
-            WHERE kind = 'invoiced' AND period < {period:String}
+            WHERE kind = 'invoiced' AND period < {period:String} AND month IN {months:Array(Int32)}
             GROUP BY order_number, item_id, ods_code, supplier_id, payer, month
             HAVING sum(pence) != 0
             """,
-            {"period": month_text(period)},
+            {"period": month_text(period), "months": sorted(months)},
         )
         return {ChargeKey(*key): rate for *key, rate in rows}
 

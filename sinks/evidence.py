@@ -106,17 +106,24 @@ class EvidenceStore:
         self._clickhouse.insert("evidence", columns, rows)
 
     def evidence(self, period: int) -> Iterator[tuple[str, str]]:
-        """The evidence of a period's documents, one at a time: number and JSON."""
-        numbers = self._clickhouse.query(
-            "SELECT DISTINCT number FROM evidence WHERE period = {period:String} ORDER BY number",
+        """The evidence of a period's documents: number and JSON, some megabytes at a time."""
+        sizes = self._clickhouse.query(
+            "SELECT number, max(length(body)) FROM evidence WHERE period = {period:String}"
+            " GROUP BY number ORDER BY number",
             {"period": month_text(period)},
         )
-        for (number,) in numbers:
-            [(body,)] = self._clickhouse.query(
-                "SELECT any(body) FROM evidence WHERE period = {period:String} AND number = {number:String}",
-                {"period": month_text(period), "number": number},
-            )
-            yield number, body
+        some: list[str] = []
+        size = 0
+        for number, length in [*sizes, ("", _INSERT_CHARACTERS)]:
+            if some and size + length > _INSERT_CHARACTERS:
+                yield from self._clickhouse.query(
+                    "SELECT number, any(body) FROM evidence WHERE period = {period:String}"
+                    " AND number IN {numbers:Array(String)} GROUP BY number ORDER BY number",
+                    {"period": month_text(period), "numbers": some},
+                )
+                some, size = [], 0
+            some.append(number)
+            size += length
 
 
 def evidence_text(evidence: Mapping[str, Any]) -> str:

@@ -90,7 +90,8 @@ def _each(bodies: list[str], write: Callable[[str], Paper]) -> Iterator[Paper]:
         yield from map(write, bodies)
         return
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        yield from pool.map(write, bodies, chunksize=50)
+        # Few at a time: the longest, of the payers that pay most, stand side by side.
+        yield from pool.map(write, bodies, chunksize=5)
 
 
 def write_paper(folder: Path, text: str) -> Paper:
