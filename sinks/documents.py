@@ -174,7 +174,10 @@ class Documents:
         )
         # There may be millions: of equal texts one is kept.
         one: dict[str, str] = {}
-        return {ChargeKey(*(one.setdefault(text, text) for text in key), month): pence for *key, month, pence in rows}
+        return {
+            ChargeKey._make((*(one.setdefault(text, text) for text in key), month)): pence
+            for *key, month, pence in rows
+        }
 
     def issued_before(self, period: int) -> dict[str, int]:
         """How many documents of its series each payer has issued in earlier periods."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import count
@@ -24,7 +25,7 @@ from sinks.papers.files import write_files
 from sinks.parties import PartyStore
 from streams.batch import NotYet
 from streams.topics import PERIOD_EVENTS
-from tests.crash_world import AGENTS, World
+from tests.crash_world import AGENTS, CrashNow, Fuse, World
 from tests.rich_book import BOOK, BY_PARTY, C1, C2, METERED, P1, SUPPLIERS, S, contract, ordered, placed, reached, used
 from tribill.closing import CloseRefused
 from tribill.embedded.stack import EmbeddedStack
@@ -156,6 +157,30 @@ def test_what_nothing_accepts(new_world: NewWorld) -> None:
     assert ask(world, *everything, period="2026-03")[0] == "refused"
 
 
+def test_a_kill_at_any_step_of_a_refusal(new_world: NewWorld) -> None:
+    """Killed while it refuses it refuses all the same, and what is then accepted closes with a cut of its own."""
+    for call in range(1, 20):
+        world = new_world(suspense_limit="0")
+        metered(world)
+        world.say(used("u3", "2026-04-05", "2", ods="B81001"))
+        world.drain(AT_WORK)
+        offset = world.request_close("2026-04")
+        place = (PERIOD_EVENTS, 0)
+        world.step("period-close", place, 1)
+        died = world.crash("period-close", world.batch(place, offset + 1, 1), call)
+        world.drain(["period-close"])
+        assert (world.documents.answer_since("2026-04", 1, offset) or ("", ""))[0] == "refused", call
+        assert not any(written(world).values())
+        assert ask(world, "suspense")[0] == "closed"
+        [(cuts,)] = world.clickhouse.query("SELECT count() FROM cuts FINAL")
+        assert cuts == 2
+        world.drop()
+        if not died:
+            assert call > 3
+            return
+    raise AssertionError("the refusal never came to its end")
+
+
 def spoil(world: World) -> None:
     """A row of the accruals that nobody should have written."""
     world.clickhouse.command(
@@ -279,6 +304,23 @@ def test_a_close_waits_for_attestations(new_world: NewWorld) -> None:
     assert statement(world, "control")["usage"]["10030"]["status"] == "complete"
     agent.idle({})
     assert world.waiting("period-close", (PERIOD_EVENTS, 0)) == 0
+
+
+def test_a_kill_while_the_cut_is_fixed_at_last(new_world: NewWorld) -> None:
+    """Killed at any step of it, the cut is fixed by the next process; a second one in the log changes nothing."""
+    for call in range(1, 6):
+        world = new_world(attestation_days=60_000)
+        metered(world)
+        ask(world)
+        attest(world, 2, "7")
+        world.agents.clear()
+        with pytest.raises(CrashNow) if call < 4 else nullcontext():
+            world.start("period-close", Fuse(call)).idle({})
+        world.start("period-close").idle({})
+        world.drain(["period-close"])
+        assert world.documents.answer_since("2026-04", 1, 0) == ("closed", mock.ANY)
+        assert [number for number, _, _ in world.documents.documents(APRIL)] == ["QOP-10030-2026-04"]
+        world.drop()
 
 
 @pytest.mark.parametrize("accepted", [True, False])
