@@ -16,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -273,11 +274,17 @@ def peak_mib(pid: int) -> int:
 
 
 @contextmanager
-def worker(config: Path) -> Iterator[int]:
-    """`tribill worker period-close`; yields its process id."""
+def worker(config: Path, port: int) -> Iterator[int]:
+    """`tribill worker period-close`, when it is ready; yields its process id."""
     command = [sys.executable, "-m", "tribill", "--config", str(config), "worker", "period-close"]
     with subprocess.Popen(command) as process:
         try:
+            while True:
+                with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/ready") as answer:
+                    if answer.status == 200:
+                        break
+                assert process.poll() is None, "the worker has ended"
+                time.sleep(0.1)
             yield process.pid
         finally:
             process.terminate()
@@ -339,10 +346,10 @@ def main() -> None:
         del derived, rows, held, told, world
         print(f"{counts}: the ledger is filled after {time.perf_counter() - started:.0f} s", flush=True)
         out = options.out or Path(directory) / "out"
-        with worker(config) as pid:
+        with worker(config, settings.worker_port) as pid:
             seconds, total, command_mib, printed = close(config, month_text(period), out)
             peaks = {"period-close": peak_mib(pid), "tribill close": command_mib}
-        peaks |= {part.name: peak_mib(part.pid) for part in stack.parts() if part.pid is not None}
+        peaks |= {part.name: peak_mib(part.pid) for part in stack.parts if part.pid is not None}
         [(documents, found, net)] = clickhouse.query(
             "SELECT documents, rows, net_pence FROM periods FINAL WHERE period = {period:String}",
             {"period": month_text(period)},

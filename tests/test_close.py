@@ -6,6 +6,7 @@ Real agents over a real ClickHouse; the log is in memory (`tests/crash_world.py`
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -105,6 +106,22 @@ def statement(world: World, kind: str, code: str = "") -> dict[str, Any]:
     return found
 
 
+class MemoryBroker:
+    """What a close and a preview ask of the broker."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def end_offsets(self, topics: Any) -> dict[tuple[str, int], int]:
+        """Where the partitions of topics end."""
+        return {place: len(entries) for place, entries in self._world.log.records.items() if place[0] in {*topics}}
+
+    def behind(self, group: str, ends: dict[tuple[str, int], int]) -> int:
+        """What a role has still to do."""
+        done = self._world.committed
+        return sum(end - done.get((group.removeprefix("tribill-"), place), 0) for place, end in ends.items())
+
+
 # --- refusals -------------------------------------------------------------------------------
 
 
@@ -127,6 +144,41 @@ def test_suspense_above_the_limit(new_world: NewWorld) -> None:
     assert ask(world) == ("closed", mock.ANY)
     assert statement(world, "control")["accepted"] == []
     assert {row.ods_code for row in world.documents.rows(APRIL, "held")} == {"B81001"}
+
+
+@pytest.mark.parametrize("lagging", ["usage", "charges"])
+def test_lag_that_nobody_works_off(new_world: NewWorld, lagging: str) -> None:
+    """The close waits, and refuses when nothing is done; it is accepted only where the ledger has all."""
+    world = new_world(close_wait_seconds=0)
+    metered(world)
+    world.say(used("u3", "2026-04-05", "2"))
+    world.drain(AT_WORK[: AT_WORK.index(lagging)])
+    agent = world.agents["period-close"] = world.start("period-close")
+    del agent._wait  # the real one
+    agent._broker = MemoryBroker(world)
+
+    waited: list[str] = []
+
+    def until_answered(*accept: str) -> tuple[str, str]:
+        offset = world.request_close("2026-04", *accept)
+        for _ in range(9):
+            try:
+                world.drain(["period-close"])
+            except NotYet as reason:
+                waited.append(str(reason))
+        return world.documents.answer_since("2026-04", 1, offset) or ("", "")
+
+    outcome, why = until_answered()
+    assert outcome == "refused"
+    assert re.search(f"2026-04 waits for {lagging}: [1-9][0-9]* records", waited[0])
+    assert f"none was done for 0 s. Start the role {lagging} and ask again" in why
+    assert ("--accept-lag" in why) == (lagging == "charges")
+    outcome, detail = until_answered("lag")
+    assert outcome == ("closed" if lagging == "charges" else "refused")
+    assert ("accepted by tester: lag of charges: " in detail) == (lagging == "charges")
+    assert any(written(world).values()) == (lagging == "charges")
+    world.drain(AT_WORK)
+    assert until_answered()[0] == "closed"
 
 
 def test_accepted_suspense_is_recorded(new_world: NewWorld) -> None:
@@ -334,22 +386,6 @@ def test_missing_attestations_accepted_or_overdue(new_world: NewWorld, accepted:
 
 
 # --- previews -------------------------------------------------------------------------------
-
-
-class MemoryBroker:
-    """What a preview asks of the broker."""
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-
-    def end_offsets(self, topics: Any) -> dict[tuple[str, int], int]:
-        """Where the partitions of topics end."""
-        return {place: len(entries) for place, entries in self._world.log.records.items() if place[0] in {*topics}}
-
-    def behind(self, group: str, ends: dict[tuple[str, int], int]) -> int:
-        """What a role has still to do."""
-        done = self._world.committed
-        return sum(end - done.get((group.removeprefix("tribill-"), place), 0) for place, end in ends.items())
 
 
 def preview(world: World, period: str) -> Preview:
