@@ -18,6 +18,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -69,29 +70,30 @@ def write_files(
         rows = csv_rows(source.rows(period, kind), period)
         written.append(_write_csv(folder / name, CSV_HEADER, rows))
     bills: dict[str, list[list[str]]] = {}
-    bodies = source.bodies(period)
-    for number, (paths, payer, bill) in enumerate(_each(bodies, partial(write_paper, folder)), start=1):
-        written += paths
-        if bill:
-            bills.setdefault(payer, []).extend(bill)
-        if number % _TOLD == 0:
-            tell(f"{month_text(period)}: {number} of {len(bodies)} papers are written")
-    written += _write_odoo(folder / "odoo", bills)
-    for number, path in enumerate(source.write_evidence(period, folder, safe_name), start=1):
-        written.append(path)
-        if number % _TOLD == 0:
-            tell(f"{month_text(period)}: {number} files of evidence are written")
-    return written
+    text, bodies = month_text(period), source.bodies(period)
+    with ExitStack() as stack:
+        papers = _render(partial(write_paper, folder), bodies, stack)
+        # Meanwhile this process writes what they come from.
+        for number, path in enumerate(source.write_evidence(period, folder, safe_name), start=1):
+            written.append(path)
+            if number % _TOLD == 0:
+                tell(f"{text}: {number} files of evidence are written")
+        for number, (paths, payer, bill) in enumerate(papers, start=1):
+            written += paths
+            if bill:
+                bills.setdefault(payer, []).extend(bill)
+            if number % _TOLD == 0:
+                tell(f"{text}: {number} of {len(bodies)} papers are written")
+    return written + _write_odoo(folder / "odoo", bills)
 
 
-def _each(bodies: list[str], write: Callable[[str], Paper]) -> Iterator[Paper]:
-    """Writes each paper; where there are many, on all processors."""
+def _render(write: Callable[[str], Paper], bodies: list[str], stack: ExitStack) -> Iterator[Paper]:
+    """Writes each paper; where there are many, at once and on all processors."""
     if len(bodies) < _MANY:
-        yield from map(write, bodies)
-        return
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        # Few at a time: the longest, of the payers that pay most, stand side by side.
-        yield from pool.map(write, bodies, chunksize=5)
+        return map(write, bodies)
+    pool = stack.enter_context(ProcessPoolExecutor(mp_context=get_context("spawn")))
+    # Few at a time: the longest, of the payers that pay most, stand side by side.
+    return pool.map(write, bodies, chunksize=5)
 
 
 def write_paper(folder: Path, text: str) -> Paper:
