@@ -84,8 +84,9 @@ class Preview:
     def lines(self) -> Iterator[str]:
         """All of it for a person: the summary, each document, how complete usage is, what a close would meet."""
         yield self.summary()
-        yield ""
-        yield f"{'payer':<14}{'supplier':<14}{'document':<14}{'net':>18}{'VAT':>18}{'gross':>18}"
+        if self.issue.documents:
+            yield ""
+            yield f"{'payer':<14}{'supplier':<14}{'document':<14}{'net':>18}{'VAT':>18}{'gross':>18}"
         for each in self.issue.documents:
             amounts = (each.net_pence, each.vat_pence, each.net_pence + each.vat_pence)
             shown = "".join(f"{pounds_text(pence):>18}" for pence in amounts)
