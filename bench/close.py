@@ -4,7 +4,8 @@
 sizes, a year of usage, the accruals, and eleven closed months), starts `tribill worker period-close` over the embedded
 stack, and runs `tribill close` with files.  Some list sizes of the month before were corrected after its close, so
 there are adjustments with causes.  Prints the seconds of each part and the most memory that each process had, and
-writes bench/results/close.json, if they are all.  The close must not take longer than 60 s, nor a process more than 2 GiB.
+writes bench/results/close.json, of all lines.  A close must not take longer than 60 s, nor a process more than 2 GiB.
+`--ledger DIR` keeps the filled ledger for the next time.
 """
 
 from __future__ import annotations
