@@ -374,7 +374,7 @@ def main() -> None:
             print(f"the ledger is filled after {time.perf_counter() - started:.0f} s", flush=True)
         if not options.fill:
             if ledger != directory:
-                shutil.copytree(ledger, directory)
+                shutil.copytree(ledger, directory, symlinks=True)
             measure(directory, options.out or Path(temporary) / "out")
 
 
