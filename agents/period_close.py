@@ -45,7 +45,7 @@ from sinks import metrics
 from sinks.accruals import decimal
 from sinks.dead_letters import DeadLetter
 from sinks.documents import Cut, Decision, Documents, Request
-from sinks.evidence import sealed
+from sinks.evidence import EvidenceStore, sealed
 from sinks.parties import PartyStore
 from sinks.positions import place_text
 from streams.agent import Agent
@@ -102,6 +102,7 @@ class PeriodClose(Agent):
         except ValueError as error:
             raise SettingsError(f"suspense_limit: {error}") from None
         self._documents = Documents(context.clickhouse)
+        self._evidence = EvidenceStore(context.clickhouse)
         self._deriving = Deriving(context)
         self._parties = PartyStore(context.clickhouse)
         self._broker = Broker(context.settings)
@@ -437,10 +438,10 @@ class PeriodClose(Agent):
 
     def _write(self, derived: Derived, issue: Issue, decision: Decision, request: Request) -> None:
         period, cut, documents = derived.period, derived.cut, issue.documents
-        text, store = month_text(period), self._documents.evidence
-        store.insert_adjustments(period, issue.explained.causes, issue.explained.originals)
-        store.insert_wanted(period, derived.derivation.wanted)
-        store.insert_evidence(period, self._told(issue, request))
+        text = month_text(period)
+        self._evidence.insert_adjustments(period, issue.explained.causes, issue.explained.originals)
+        self._evidence.insert_wanted(period, derived.derivation.wanted)
+        self._evidence.insert_evidence(period, self._told(issue, request))
         self._tell(request, f"{len(documents)} documents and {len(issue.statements)} statements are being written")
         rates = {key: rate for document in documents for key, rate in document.vat_rates_micros.items()}
         self._documents.insert_rows(period, "invoiced", derived.rows, rates)

@@ -65,6 +65,8 @@ def check(world: World, expected: Expected) -> None:
     # 3: the accrual is the invoice.
     drifts = {period: row["drift"] for period, row in documents.periods.items() if row["drift"]}
     assert drifts == {}, "the accruals differed from the ledger at a close"
+    mended = [detail for *_, detail in documents.answers if "differ from the ledger" in detail]
+    assert mended == [], "the accruals differed from the ledger at a close, which had them mended"
     _check_accruals(world)
     assert world.reconcile() == 0, "reconciliation sees a drift where there is none"
 

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -19,10 +20,11 @@ import pyarrow as pa
 from rating.amounts import GRAINS, Exact, pence, whole
 from rating.book import LineKey
 from rating.calendar import month_of, parse_month
+from rating.completeness import Reported
 from rating.evidence import Readings
 from rating.parties import Parties
 from sinks.accruals import AccrualRow, KeptAccrual, decimal, fraction_text
-from sinks.documents import Cut
+from sinks.documents import Cut, Decision, Request
 from sinks.ledger import USAGE_SCHEMA, SaidChange
 from sinks.positions import place_text, version
 from streams.topics import USAGE_ACCEPTED
@@ -102,6 +104,14 @@ class MemoryLedger:
 
     def totals_at_cut(self, generation: int, cut: Mapping[str, int]) -> dict[Any, dict[int, int]]:
         return _by_service(self._at_cut(generation, cut))
+
+    def reported_at_cut(self, generation: int, cut: Mapping[str, int], month: int) -> dict[str, Reported]:
+        found: dict[str, Reported] = {}
+        for (_, supplier_id, _), row in standing(self._at_cut(generation, cut)).items():
+            if row["quantity_micros"] and month_of(row["day"].toordinal()) == month:
+                readings, quantity = found.get(supplier_id, Reported())
+                found[supplier_id] = Reported(readings + 1, quantity + row["quantity_micros"])
+        return found
 
     def days_said(self, services: Iterable[Any], first: int, end: int) -> list[tuple[str, str, int]]:
         wanted = set(services)
@@ -279,6 +289,13 @@ class MemoryAccruals:
                 found.append((line, month, [party for party, _ in row.wanted]))
         return found
 
+    def exact_rows(self, month: int) -> Iterator[tuple[LineKey, int, str, int]]:
+        for (line, each), (exact, at) in self.exact_and_version(month).items():
+            yield line, each, fraction_text(exact), at
+
+    def items(self) -> set[str]:
+        return {line[1] for line, _ in self.rows}
+
     def exact_and_version(self, month: int) -> dict[LineMonth, tuple[Fraction, int]]:
         return {key: (row.exact, at) for key, (at, _, row) in self._newest() if key[1] <= month}
 
@@ -303,6 +320,9 @@ class MemoryDocuments:
 
     def __init__(self) -> None:
         self.cuts: dict[int, dict[tuple[int, int], Cut]] = {}
+        self.refused: set[tuple[int, int, int]] = set()
+        self.decisions: dict[tuple[int, int, int], Decision] = {}
+        self.attestations: dict[tuple[tuple[int, int], str, str], Reported] = {}
         self.answers: list[tuple[str, int, int, str, str]] = []
         self.invoiced: dict[int, dict[Any, int]] = {}
         self.held: dict[int, dict[Any, int]] = {}
@@ -314,14 +334,31 @@ class MemoryDocuments:
         self.contents: dict[tuple[Any, ...], set[Any]] = {}
 
     def cut(self, period: int) -> Cut | None:
-        said = self.cuts.get(period)
-        return said[min(said)] if said else None
+        said = self.cuts.get(period, {})
+        standing = [at for at in said if (period, *at) not in self.refused or (period, *at) in self.decisions]
+        return said[min(standing)] if standing else None
 
-    def fix_cut(self, period: int, offset: int, cut: Cut) -> None:
-        self.cuts.setdefault(period, {})[cut.generation, offset] = cut
+    def fix_cut(self, period: int, cut: Cut) -> None:
+        self.cuts.setdefault(period, {})[cut.generation, cut.offset] = cut
 
-    def answer(self, period: str, generation: int, offset: int, outcome: str, detail: str) -> None:
-        self.answers.append((period, generation, offset, outcome, detail))
+    def refuse_cut(self, period: int, cut: Cut) -> None:
+        self.refused.add((period, cut.generation, cut.offset))
+
+    def decide(self, period: int, cut: Cut, decision: Decision) -> None:
+        self.decisions[period, cut.generation, cut.offset] = decision
+
+    def decision(self, period: int, cut: Cut) -> Decision | None:
+        return self.decisions.get((period, cut.generation, cut.offset))
+
+    def answer(self, request: Request, generation: int, outcome: str, detail: str) -> None:
+        self.answers.append((request.period, generation, request.offset, outcome, detail))
+
+    def attested(self, months: Sequence[int], generation: int, before: int) -> dict[int, dict[str, Reported]]:
+        found: dict[int, dict[str, Reported]] = {month: {} for month in months}
+        for (at, supplier_id, period), said in sorted(self.attestations.items()):
+            if parse_month(period) in found and at < (generation, before):
+                found[parse_month(period)][supplier_id] = said
+        return found
 
     def closed(self) -> list[int]:
         return sorted(self.periods)
@@ -340,12 +377,13 @@ class MemoryDocuments:
                 numbers[payer] = numbers.get(payer, 0) + 1
         return numbers
 
-    def vat_rates_before(self, period: int) -> dict[Any, int]:
+    def vat_rates_before(self, period: int, months: Iterable[int]) -> dict[Any, int]:
         rates: dict[Any, int] = {}
         for earlier in sorted(self.rates):
             if earlier < period:
                 rates |= self.rates[earlier]
-        return rates
+        within, invoiced = set(months), self.invoiced_before(period)
+        return {key: rate for key, rate in rates.items() if key.month in within and invoiced[key]}
 
     def insert_rows(self, period: int, kind: str, amounts: Mapping[Any, int], rates: Mapping[Any, int]) -> None:
         self._same((period, kind, "keys"), frozenset(amounts))
@@ -365,7 +403,7 @@ class MemoryDocuments:
             self._same((period, each.kind, each.code), str(each.body))
 
     def insert_period(
-        self, period: int, generation: int, documents: Sequence[Any], held_pence: int, drift: Fraction
+        self, period: int, generation: int, documents: Sequence[Any], held_pence: int, drift_pence: Decimal
     ) -> None:
         net, rows = sum(each.net_pence for each in documents), sum(len(each.rows) for each in documents)
         self.periods[period] = {
@@ -373,20 +411,23 @@ class MemoryDocuments:
             "rows": rows,
             "net_pence": net,
             "held_pence": held_pence,
-            "drift": drift,
+            "drift": drift_pence,
         }
 
-    def insert_attestation(self, *_: Any) -> None:
-        """Nobody reads it yet."""
+    def insert_attestation(
+        self, supplier_id: str, period: str, generation: int, offset: int, count: int, quantity_micros: int
+    ) -> None:
+        self.attestations[(generation, offset), supplier_id, period] = Reported(count, quantity_micros)
 
-    def originals(self, period: int, months: Iterable[int]) -> dict[Any, str]:
+    def originals(self, period: int, months: Iterable[int]) -> dict[Any, tuple[str, str]]:
         within, found = set(months), {}
-        numbers = {(of, payer, supplier): number for number, (of, payer, supplier, _) in self.issued.items()}
+        numbers = {(of, payer, supplier): (number, kind) for number, (of, payer, supplier, kind) in self.issued.items()}
         for earlier in sorted(self.invoiced, reverse=True):
             for key in self.invoiced[earlier] if earlier < period else ():
                 issued = numbers.get((earlier, key.payer, key.supplier_id))
                 if key.month in within and issued is not None:
-                    found[key] = issued
+                    number, kind = issued
+                    found[key] = (number, found.get(key, ("", ""))[1] if kind == "pro-forma" else number)
         return found
 
     def insert_adjustments(self, period: int, causes: Mapping[Any, Any], originals: Mapping[Any, str]) -> None:

@@ -40,9 +40,12 @@ _STORES = {
     "agents.charges.Accruals": "accruals",
     "agents.funding.Accruals": "accruals",
     "agents.reconcile.Accruals": "accruals",
-    "agents.period_close.Accruals": "accruals",
+    "agents.drift.Accruals": "accruals",
     "agents.period_close.Documents": "documents",
+    "agents.period_close.EvidenceStore": "documents",
     "agents.period_close.PartyStore": "parties",
+    "agents.deriving.Documents": "documents",
+    "agents.deriving.PartyStore": "parties",
     "agents.explaining.Documents": "documents",
     "agents.explaining.EvidenceStore": "documents",
 }
