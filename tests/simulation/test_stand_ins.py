@@ -54,6 +54,7 @@ class Both:
         def both(*arguments: Any) -> Any:
             self.asked.add(method)
             expected, found = real(*arguments), getattr(self._model, method)(*arguments)
+            found = list(found) if isinstance(found, Iterator) else found
             if method not in _OWN:
                 assert comparable(found) == comparable(expected), f"{method}{arguments}"
             return found
