@@ -278,7 +278,7 @@ class Stack:
             " WHERE active AND database = currentDatabase() AND table = 'usage'"
         )[0]
         return {
-            "redis_bytes_per_reading": int(claims.info("memory")["used_memory"]) // int(claims.dbsize()),
+            "redis_bytes_per_reading": int(claims.info("memory")["used_memory"]) // int(rows),
             "ledger_bytes_per_reading": int(size) // int(rows),
         }
 
