@@ -533,7 +533,7 @@ def test_funding_that_did_not_know_the_allocation(new_world: NewWorld) -> None:
 def test_charges_go_on_during_a_close(new_world: NewWorld) -> None:
     """What is accrued between the close's two looks is no drift."""
     world = new_world(HORIZON, SUPPLIERS)
-    read, late = Accruals.exact_and_version, [used("late", "2026-04-20", "500")]
+    read, late = Accruals.exact_rows, [used("late", "2026-04-20", "500")]
 
     def after_more(self: Accruals, month: int) -> Any:
         while late:
@@ -541,7 +541,7 @@ def test_charges_go_on_during_a_close(new_world: NewWorld) -> None:
             world.drain([role for role in AGENTS if role != "period-close"])
         return read(self, month)
 
-    with mock.patch.object(Accruals, "exact_and_version", after_more):
+    with mock.patch.object(Accruals, "exact_rows", after_more):
         for _ in play(world, BOOK):
             break
     assert not late
