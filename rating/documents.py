@@ -50,12 +50,12 @@ class Document:
     issued_at: datetime
     book: Book
     parties: Parties
-    preview: bool = False
     rows: dict[ChargeKey, int] = field(default_factory=dict)
     vat_rates_micros: dict[ChargeKey, int] = field(default_factory=dict)
     #: Of adjustments: the cause, and the document that first invoiced the key or "".
     explanations: dict[ChargeKey, tuple[str, str]] = field(default_factory=dict)
     evidence_sha256: str = ""
+    preview: bool = False
 
     @property
     def tax_point(self) -> int:
@@ -268,7 +268,7 @@ def documents(
     for key in sorted(rows, key=lambda key: (key.payer, key.supplier_id, *key)):
         between = (key.payer, key.supplier_id)
         if between not in by_parties:
-            document = Document("", period, *between, issued_at, book, parties, preview)
+            document = Document("", period, *between, issued_at, book, parties, preview=preview)
             if any(document.obstacles()):
                 document.number = _pro_forma_number(*between, period)
             else:
