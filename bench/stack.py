@@ -29,7 +29,7 @@ from confluent_kafka import Consumer, TopicPartition
 from bench.workload import Record, send
 from sinks.clickhouse import ClickHouse
 from streams.settings import Settings
-from streams.topics import STAGES, Broker, client_settings
+from streams.topics import STAGES, Broker, Place, client_settings
 from tests.kafka.broker import kafka
 from tribill.embedded import broker as tansu
 from tribill.embedded.process import Process, free_port
@@ -205,7 +205,6 @@ class Stack:
         self._installation = Installation(self.directory, Settings(kafka=log.address, **(defaults | settings)))
         self._log = log
         self.workers: list[Worker] = []
-        self._groups: dict[str, Consumer] = {}
 
     def __enter__(self) -> Self:
         self._installation.__enter__()
@@ -213,6 +212,8 @@ class Stack:
         self.settings = self._installation.settings
         self.clickhouse = ClickHouse(self.settings)
         self._broker = Broker(self.settings)
+        own = {"group.id": "bench", "enable.auto.commit": "false", "log_level": "0"}
+        self._ends = Consumer(client_settings(self.settings) | own)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -261,14 +262,14 @@ class Stack:
         """The same, asked in some milliseconds; of Tansu, which tells wrong ends, it may be said too early."""
         for role, topics in STAGES:
             if role in roles:
-                if role not in self._groups:
-                    own = {"group.id": f"tribill-{role}", "enable.auto.commit": "false", "log_level": "0"}
-                    self._groups[role] = Consumer(client_settings(self.settings) | own)
-                places = [TopicPartition(*place) for place in self._broker.partitions(topics(self.settings))]
-                for place in self._groups[role].committed(places, timeout=30):
-                    if max(0, place.offset) < self._groups[role].get_watermark_offsets(place)[1]:
-                        return False
+                places = self._broker.partitions(topics(self.settings))
+                committed = self._broker.committed(f"tribill-{role}", places)
+                if any(end < self._end(place) for place, end in committed.items()):
+                    return False
         return True
+
+    def _end(self, place: Place) -> int:
+        return int(self._ends.get_watermark_offsets(TopicPartition(*place))[1])
 
     def footprint(self) -> dict[str, int]:
         """Bytes that a reading takes in Redis, as a claim, and in ClickHouse, compressed as its parts are now."""

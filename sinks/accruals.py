@@ -286,10 +286,6 @@ class Accruals:
         )
         return [((order, item, ods), month, list(parties)) for order, item, ods, month, parties in rows]
 
-    def exact_and_version(self, month: int) -> dict[tuple[LineKey, int], tuple[Fraction, int]]:
-        """The exact pence of every line's month up to one, with the version of the row."""
-        return {(line, each): (Fraction(exact), at) for line, each, exact, at in self.exact_rows(month)}
-
     def exact_rows(self, month: int) -> Iterator[tuple[LineKey, int, str, int]]:
         """Every line's month up to one, with its exact pence as text and the version of the row."""
         rows = self._clickhouse.stream(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -482,8 +483,9 @@ class World:
         book = self.book()
         derived = derive(book, horizon)
         exact = {key: amount for key, amount in derived.exact.items() if amount}
-        accrued = Accruals(self.clickhouse).exact_and_version(horizon)
-        same("accruals", {key: amount for key, (amount, _) in accrued.items() if amount}, exact)
+        rows = Accruals(self.clickhouse).exact_rows(horizon)
+        accrued = {(line, month): Fraction(amount) for line, month, amount, _ in rows}
+        same("accruals", {key: amount for key, amount in accrued.items() if amount}, exact)
         self._check_totals(book)
         self._check_drawn(book, derived.wanted)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from agents.explaining import Changes
@@ -141,8 +142,9 @@ def _check_accruals(world: World) -> None:
     book = Changes(context, 1, ends).known(world.sinks.ledger.totals_at_cut(1, inputs)).book
     derived = derive(book, world.horizon)
     accruals = world.sinks.accruals
-    accrued = {key: amount for key, (amount, _) in accruals.exact_and_version(world.horizon).items() if amount}
-    same("accruals", accrued, {key: amount for key, amount in derived.exact.items() if amount})
+    accrued = {(line, month): Fraction(exact) for line, month, exact, _ in accruals.exact_rows(world.horizon)}
+    charges = {key: amount for key, amount in derived.exact.items() if amount}
+    same("accruals", {key: amount for key, amount in accrued.items() if amount}, charges)
     for key, said in accruals.rows.items():
         newest = max(at for at, _, _ in said)
         # What a line no longer wants may be said once more, as zero.

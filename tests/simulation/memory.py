@@ -290,14 +290,12 @@ class MemoryAccruals:
         return found
 
     def exact_rows(self, month: int) -> Iterator[tuple[LineKey, int, str, int]]:
-        for (line, each), (exact, at) in self.exact_and_version(month).items():
-            yield line, each, fraction_text(exact), at
+        for (line, each), (at, _, row) in self._newest():
+            if each <= month:
+                yield line, each, fraction_text(row.exact), at
 
     def items(self) -> set[str]:
         return {line[1] for line, _ in self.rows}
-
-    def exact_and_version(self, month: int) -> dict[LineMonth, tuple[Fraction, int]]:
-        return {key: (row.exact, at) for key, (at, _, row) in self._newest() if key[1] <= month}
 
     def wanted(self) -> list[tuple[LineKey, int, int, list[str], list[str]]]:
         return [
