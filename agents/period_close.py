@@ -9,7 +9,8 @@ The order of steps for a close, each of which can be repeated with the same resu
    second request after a crash changes nothing.
 2. `CutFixed` is recorded in the ledger, with its time (the documents' issue time) and the party data known.
 3. Each stage in turn must have committed what lay before it: what intake had to do up to the cut,
-   then what that put into `usage-accepted`, and so on.  Until then nothing is written.
+   then what that put into `usage-accepted`, and so on.  Until then nothing is written.  `charges` is told that
+   all usage is done.
 4. All lines are derived from the ledger as of the cut, and all papers made (agents/deriving.py); the accruals are
    compared with it.  What speaks against the close refuses it, unless the request accepts it: then the cut
    counts no more, nothing was written, and the next request takes another.
@@ -36,6 +37,7 @@ from agents.context import Context
 from agents.deriving import Derived, Deriving, Issue, attestation_deadline
 from agents.drift import drift_pence
 from agents.reconcile import Reconcile
+from agents.usage import TOTALS_SCHEMA, totals_block
 from rating.amounts import micros, micros_text
 from rating.calendar import month_start, month_text, parse_month
 from rating.documents import Document
@@ -344,6 +346,8 @@ class PeriodClose(Agent):
         )
         for stage, topic in stages:
             if stage not in ends and topic is not None:
+                if stage == "charges":
+                    self._say_all_is_used(ends["usage"])
                 ends[stage] = self._broker.end_offsets([topic])
             behind = self._broker.behind(f"tribill-{stage}", ends[stage])
             if not behind:
@@ -360,6 +364,18 @@ class PeriodClose(Agent):
                 )
             raise NotYet(f"{text} waits for {waits}")
         return ""
+
+    def _say_all_is_used(self, done: Mapping[Place, int]) -> None:
+        """Tells every partition of charges how far `usage` is; it tells only those for which something changes.
+
+        So that the accruals count what the cut does, and are compared with what is derived of it.
+        """
+        nothing = TOTALS_SCHEMA.empty_table()
+        for (_, partition), end in done.items():
+            block = totals_block(nothing, self._generation, partition, end, last=True)
+            for target in range(self._context.settings.partitions):
+                self._context.outbox.send(CHARGE_INPUTS, block, partition=target)
+        self._context.outbox.flush()
 
     # --- step 4 ---
 

@@ -13,6 +13,8 @@ The order of steps for a batch:
    same rows collapse.
 4. The totals touched, absolute and as of the end of this batch, go to `charge-inputs`, the losers
    of conflicts to the dead letters, and the broker acknowledges both.  Only then is the batch.
+   A partition of charges that has none of them is not told: nothing changes for it, and each time
+   that it is told something costs it as much as a batch.  Up to where it has all, a close tells it.
 
 Totals in memory are a cache: they hold for one offset of the partition, and are read from the
 ledger again for any other.
@@ -56,6 +58,9 @@ TOTALS_SCHEMA = pa.schema(
 )
 _DAY_KEY = ["ods_code", "item_id", "day"]
 _IDENTITY = ["ods_code", "supplier_id", "id"]
+#: Practices whose codes begin alike in so many characters (an area's, as a rule) are asked for together: what
+#: a question costs is mostly that it is asked, not how much it finds.
+_ALIKE = 3
 #: So many day totals of a partition are remembered, some 150 bytes each; then all are forgotten.
 _REMEMBERED_TOTALS = 1_000_000
 
@@ -65,7 +70,7 @@ class _Totals:
     """The day totals of some months of a partition's practices, as of an offset: micros by service and day."""
 
     offset: int
-    #: Of which practices and months they are all there.
+    #: Of which beginnings of practices' codes, and months, they are all there.
     known: set[tuple[str, int]] = field(default_factory=set)
     micros: dict[tuple[str, str], dict[int, int]] = field(default_factory=dict)
     size: int = 0
@@ -139,7 +144,7 @@ class Usage(Agent):
             asked = pl.DataFrame([(*key, 0) for key in again], schema=changes.schema, orient="row")
             changes = pl.concat([changes, asked]).group_by(_DAY_KEY).agg(pl.col("quantity_micros").sum())
         self._context.ledger.insert_usage(outcome.insert.to_arrow())
-        self._load(totals, changes, batch.first_offset)
+        self._load(totals, changes, batch)
         self._publish(batch, totals.add(changes))
         self._context.dead_letters.write(outcome.letters)
         self._context.outbox.flush()
@@ -262,17 +267,18 @@ class Usage(Agent):
 
     # --- step 4: totals ---
 
-    def _load(self, totals: _Totals, changes: pl.DataFrame, offset: int) -> None:
+    def _load(self, totals: _Totals, changes: pl.DataFrame, batch: Batch) -> None:
         """Reads what the ledger has of the practices' months that change, as far as it is not remembered."""
         date = (pl.col("day") - _EPOCH_ORDINAL).cast(pl.Date)
         month = date.dt.year().cast(pl.Int64) * 12 + date.dt.month() - 1
-        missing = set(changes.select("ods_code", month).unique().rows()) - totals.known
+        missing = set(changes.select(pl.col("ods_code").str.head(_ALIKE), month).unique().rows()) - totals.known
         if missing:
-            practices, months = sorted({each[0] for each in missing}), sorted({each[1] for each in missing})
-            found = self._context.ledger.totals_of_practices(practices, months, self._generation, offset)
+            alike, months = sorted({each[0] for each in missing}), sorted({each[1] for each in missing})
+            found = self._context.ledger.totals_of_practices(alike, months, self._generation, batch.first_offset)
             for (ods_code, item_id, day), quantity in found.items():
-                totals.set(ods_code, item_id, day, quantity)
-            totals.known.update(product(practices, months))
+                if partition_for(ods_code, self._context.settings.partitions) == batch.partition:
+                    totals.set(ods_code, item_id, day, quantity)
+            totals.known.update(product(alike, months))
 
     def _publish(self, batch: Batch, totals: pl.DataFrame) -> None:
         partitions = self._context.settings.partitions
@@ -282,19 +288,29 @@ class Usage(Agent):
             for_partition=pl.col("item_id").replace_strict(items, numbers, return_dtype=pl.Int32)
         )
         parts = placed.partition_by("for_partition", as_dict=True, include_key=False)
-        metadata = {
-            "generation": str(self._generation),
-            "topic": USAGE_ACCEPTED,
-            "partition": str(batch.partition),
-            "end_offset": str(batch.end_offset),
-        }
-        for partition in range(partitions):
-            # One that has no totals is told all the same up to where it now has them all.
-            table = parts.get((partition,), totals.clear()).to_arrow().cast(TOTALS_SCHEMA)
-            for start in range(0, max(table.num_rows, 1), BLOCK_ROWS):
-                last = {"last": "1" if start + BLOCK_ROWS >= table.num_rows else "0"}
-                block = encode_block(table.slice(start, BLOCK_ROWS), metadata | last)
+        for (partition,), part in parts.items():
+            table = part.to_arrow().cast(TOTALS_SCHEMA)
+            for start in range(0, table.num_rows, BLOCK_ROWS):
+                last = start + BLOCK_ROWS >= table.num_rows
+                block = totals_block(
+                    table.slice(start, BLOCK_ROWS), self._generation, batch.partition, batch.end_offset, last
+                )
                 self._context.outbox.send(CHARGE_INPUTS, block, partition=partition)
+
+
+def totals_block(totals: pa.Table, generation: int, partition: int, end_offset: int, last: bool) -> bytes:
+    """Day totals (`TOTALS_SCHEMA`) of a partition of usage-accepted up to an offset, as `charge-inputs` carries them.
+
+    With the last block of them the partition that gets it has all of its totals up to there.
+    """
+    metadata = {
+        "generation": str(generation),
+        "topic": USAGE_ACCEPTED,
+        "partition": str(partition),
+        "end_offset": str(end_offset),
+        "last": "1" if last else "0",
+    }
+    return encode_block(totals, metadata)
 
 
 def _firsts(rows: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:

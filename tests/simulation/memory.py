@@ -86,9 +86,9 @@ class MemoryLedger:
         return pl.DataFrame(pa.Table.from_pylist(rows, pa.schema([USAGE_SCHEMA.field(name) for name in _KNOWN])))
 
     def totals_of_practices(
-        self, practices: Sequence[str], months: Sequence[int], generation: int, accepted_before: int
+        self, alike: Sequence[str], months: Sequence[int], generation: int, accepted_before: int
     ) -> dict[tuple[str, str, int], int]:
-        rows = [row for row in self._before(generation, accepted_before) if row["ods_code"] in practices]
+        rows = [row for row in self._before(generation, accepted_before) if row["ods_code"].startswith(tuple(alike))]
         return {key: total for key, total in _totals(rows).items() if month_of(key[2]) in months}
 
     def items(self) -> list[str]:
