@@ -60,7 +60,7 @@ _DAY_KEY = ["ods_code", "item_id", "day"]
 _IDENTITY = ["ods_code", "supplier_id", "id"]
 #: Practices whose codes begin alike in so many characters (an area's, as a rule) are asked for together: what
 #: a question costs is mostly that it is asked, not how much it finds.
-_ALIKE = 3
+ALIKE = 3
 #: So many day totals of a partition are remembered, some 150 bytes each; then all are forgotten.
 _REMEMBERED_TOTALS = 1_000_000
 
@@ -271,7 +271,7 @@ class Usage(Agent):
         """Reads what the ledger has of the practices' months that change, as far as it is not remembered."""
         date = (pl.col("day") - _EPOCH_ORDINAL).cast(pl.Date)
         month = date.dt.year().cast(pl.Int64) * 12 + date.dt.month() - 1
-        missing = set(changes.select(pl.col("ods_code").str.head(_ALIKE), month).unique().rows()) - totals.known
+        missing = set(changes.select(pl.col("ods_code").str.head(ALIKE), month).unique().rows()) - totals.known
         if missing:
             alike, months = sorted({each[0] for each in missing}), sorted({each[1] for each in missing})
             found = self._context.ledger.totals_of_practices(alike, months, self._generation, batch.first_offset)

@@ -30,7 +30,7 @@ from agents.intake import Intake
 from agents.period_close import PeriodClose
 from agents.reconcile import Reconcile
 from agents.reference import Reference
-from agents.usage import Usage
+from agents.usage import ALIKE, Usage
 from rating.amounts import Exact, pence
 from rating.book import Book
 from rating.calendar import financial_year, month_of, parse_month
@@ -512,14 +512,19 @@ class World:
             }
             same("day totals that charges have been told", held, expected)
         if usage := self.agents.get("usage"):
-            for totals in usage._totals.values():
+            for partition, totals in usage._totals.items():
                 cached = {
                     (item_id, ods_code, day): quantity
                     for (ods_code, item_id), days in totals.micros.items()
                     for day, quantity in days.items()
                     if quantity
                 }
-                expected = {key: each for key, each in standing.items() if (key[1], month_of(key[2])) in totals.known}
+                expected = {
+                    key: each
+                    for key, each in standing.items()
+                    if (key[1][:ALIKE], month_of(key[2])) in totals.known
+                    and partition_for(key[1], self.settings.partitions) == partition
+                }
                 same("day totals in the usage agent's memory", cached, expected)
 
     def _check_drawn(self, book: Book, wanted: dict[tuple[str, int], Exact]) -> None:

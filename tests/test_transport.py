@@ -15,14 +15,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiokafka import TopicPartition
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from streams.settings import Settings
 from streams.topics import Broker
+from streams.transport import _Fetcher
 from tests.kafka.broker import JARS, kafka
 from tribill.embedded import broker as tansu
 from tribill.embedded.process import free_port
@@ -250,3 +253,28 @@ def test_transactions(address: str, tmp_path: Path) -> None:
         assert made.ends() == {0: 204}
         made.send(400, 420)
         wait(lambda: made.done()[100:] == list(range(400, 420)) and made.is_committed())
+
+
+def test_partitions_left_out_of_a_request_are_asked_for_soon() -> None:
+    """Else a partition whose records wait here would starve for as long as all others have none."""
+    both = [TopicPartition("t", 0), TopicPartition("t", 1)]
+    fetcher = _Fetcher.__new__(_Fetcher)
+    fetcher._records = {}
+    fetcher._in_flight = set()
+    fetcher._patience_ms = 1_500
+    fetcher._fetch_min_bytes, fetcher._fetch_max_bytes, fetcher._max_partition_fetch_bytes = 1, 9, 9
+    fetcher._isolation_level, fetcher._client_rack, fetcher._fetcher_timeout = 0, None, 1
+    fetcher._select_read_replica = lambda tp: 7
+    state = SimpleNamespace(has_valid_position=True, paused=False, position=3)
+    assignment = SimpleNamespace(tps=both, state_value=lambda tp: state)
+
+    def asked() -> tuple[int, list[int]]:
+        [(_, request)] = fetcher._get_actions_per_node(assignment)[0]
+        [(_, partitions)] = request._topics
+        return request._max_wait_ms, sorted(number for number, *_ in partitions)
+
+    assert asked() == (1_500, [0, 1])
+    fetcher._records[both[0]] = SimpleNamespace(calculate_backoff=lambda: 0)
+    wait_ms, partitions = asked()
+    assert partitions == [1]
+    assert wait_ms < 100

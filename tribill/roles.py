@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -75,6 +76,8 @@ ROLES: dict[str, Callable[[Context], Agent]] = {
 
 def run_worker(role: str, settings: Settings) -> int:
     """Runs a role's worker until it is stopped; returns the exit code."""
+    # Columns of a batch are too short to share among threads, which then only wake each other.  Read when Polars is.
+    os.environ.setdefault("POLARS_MAX_THREADS", "1")
     from agents.context import Context
     from agents.start import check_start
     from streams.worker import Worker
