@@ -1,7 +1,8 @@
 """From an event to its accrual: how long until a reader of the page sees what a supplier has just sent.
 
-`python -m bench.latency` places orders for the SMS of every practice, then sends `Usage` records at a
-steady rate through the whole path: intake, usage and charges agents, to the row in `accruals`.
+`python -m bench.latency` places orders for the messages of every practice (of twenty products), then
+sends `Usage` records at a steady rate through the whole path: intake, usage and charges agents, to the
+row in `accruals`.
 The practices of one order are watched: their rows are read every 100 ms, and since their quantities
 only grow, each reading that has become visible is known.  Its latency is from just before it was
 handed to the producer until the answer was there.  The first five seconds of a rate are not counted.
@@ -46,11 +47,16 @@ class Watched:
     visible: int = 0
 
 
+def usage_of(practices: int, seed: int) -> Usage:
+    """Messages of twenty products, each order's practices using one of them."""
+    return Usage(items=20, practices=practices, seed=seed, area=PRACTICES_AN_ORDER)
+
+
 def place_orders(stack: Stack, practices: int) -> None:
-    """Orders SMS for every practice, 65 an order, live for two months."""
+    """Orders messages for every practice, 65 an order, live for two months."""
     publisher = Publisher(stack.settings)
     began = (datetime.now(UTC) - timedelta(days=60)).date().isoformat()
-    codes, item_id = practice_codes(practices), f"{SUPPLIER}-S-001"
+    lines = usage_of(practices, 0).lines()
     price: dict[str, Any] = {"type": "flat", "provisioning": "on_demand", "unit": "fragment", "time_unit": "none"}
     price |= {"day_count": "month", "tiers": [{"from": "1", "price": "0.017"}]}
     funding = [{"payer": "NHSE", "take": "allocation"}, {"payer": "@ordering_party", "take": "rest"}]
@@ -61,7 +67,8 @@ def place_orders(stack: Stack, practices: int) -> None:
             value = {"id": change_id, "order_number": number, "recorded_at": f"{began}T09:00:00Z", "change": change}
             publisher.send_record(CONTRACT_CHANGES, value)
 
-        ordered = codes[start : start + PRACTICES_AN_ORDER]
+        ordered = [code for code, _ in lines[start : start + PRACTICES_AN_ORDER]]
+        item_id = lines[start][1]
         line = {"item_id": item_id, "price": price, "funding": funding}
         header = {"order_id": f"{number}-01", "ordering_party": "QHM", "supplier_id": SUPPLIER, "framework": "GPITF"}
         header |= {"commencement": began, "vat_rate": "0.2"}
@@ -89,8 +96,7 @@ def watch(
 
 def run(stack: Stack, rate: int, seconds: int, practices: int, pids: dict[str, list[int]]) -> dict[str, Any]:
     """Latencies at a rate."""
-    usage = Usage(items=1, practices=practices, seed=rate)
-    records = usage.singles(rate * (seconds + WARM_SECONDS))
+    records = usage_of(practices, rate).singles(rate * (seconds + WARM_SECONDS))
     clickhouse = ClickHouse(stack.settings)
     watched = {code: Watched(0) for code in practice_codes(PRACTICES_AN_ORDER)}
     watched |= {code: Watched(seen) for code, seen in clickhouse.query(_SEEN, {"order": WATCHED})}
@@ -132,7 +138,7 @@ def run(stack: Stack, rate: int, seconds: int, practices: int, pids: dict[str, l
 
 def send_paced(stack: Stack, records: list[Record], rate: int, watched: dict[str, Watched]) -> None:
     """Sends records at a steady rate."""
-    outbox = producer(stack.settings, linger_ms=2)
+    outbox = producer(stack.settings, linger_ms=5)
     totals: dict[str, int] = defaultdict(int, {code: each.seen for code, each in watched.items()})
     started, sent = time.monotonic(), 0
     while sent < len(records):

@@ -39,7 +39,10 @@ class Sent:
 
 @dataclass(slots=True)
 class Usage:
-    """Readings of some charge lines: (practice, item) pairs in even shares, spread over the last `hours`."""
+    """Readings of some charge lines: (practice, item) pairs in even shares, spread over the last `hours`.
+
+    Every practice buys all items; or, if `area` is given, so many that follow each other buy one of them.
+    """
 
     supplier: str = SUPPLIER
     items: int = 3
@@ -47,11 +50,15 @@ class Usage:
     seed: int = SEED
     hours: int = 6
     days_ago: int = 0
+    area: int = 0
 
     def lines(self) -> list[tuple[str, str]]:
         """The charge lines, (practice, item)."""
         codes = practice_codes(self.practices)
-        return [(code, f"{self.supplier}-S-{number:03d}") for number in range(1, self.items + 1) for code in codes]
+        items = [f"{self.supplier}-S-{number:03d}" for number in range(1, self.items + 1)]
+        if self.area:
+            return [(code, items[number // self.area % self.items]) for number, code in enumerate(codes)]
+        return [(code, item_id) for item_id in items for code in codes]
 
     def readings(self, count: int) -> Iterator[tuple[str, dict[str, Any], int]]:
         """So many readings: the practice, the reading without practice and supplier, and its quantity in units."""
