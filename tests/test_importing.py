@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from tribill.cli import cli
@@ -57,6 +58,36 @@ def test_list_sizes_are_written(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, ["import", "list-sizes", str(source), "--to", str(target)])
     assert done.exit_code == 0, done.output
     assert json.loads(target.read_text())["value"]["change"]["ListSize"]["patients"] == 3975
+
+
+def test_only_known_practices(tmp_path: Path) -> None:
+    """A practice that the file of practices does not have is refused, wherever its column stands."""
+    path, target, known = order_file(tmp_path), tmp_path / "out.jsonl", tmp_path / "practices.csv"
+    for code, refused in (("A81001", False), ("A81003", True)):
+        known.write_text(f"name,ods_code\nTHE SURGERY, {code} \n")
+        done = CliRunner().invoke(cli, ["import", "orders", str(path), "--to", str(target), "--practices", str(known)])
+        assert (f"{path}:2: Service Recipient ID 'A81001'" in done.output) == refused, done.output
+
+
+@pytest.mark.parametrize(
+    ("written", "reason"),
+    [
+        (b"ods_code\nA81001\nA81\xff\n", ":3: ods_code 'A81\\udcff': has bytes that are not UTF-8"),
+        (b"code\nA81001\n", ":1: the header lacks ods_code (read as a list of practices)"),
+        (b"ods_code\n" + b"A" * 2**20, ":2: is not CSV (a line of 1,048,576 characters or more ends the reading)"),
+        (b"ods_code\n" + b"A81001\n" * (64 * 2**20 // 7), ": is larger than 67,108,864 bytes"),
+        (b"", ": is empty: it has no header"),
+    ],
+    ids=["not UTF-8", "no such column", "a line without end", "too large", "empty"],
+)
+def test_a_bad_file_of_practices(tmp_path: Path, written: bytes, reason: str) -> None:
+    """Nothing is imported on the word of a file that cannot be read: it is named, with the line and what to do."""
+    path, target, known = order_file(tmp_path), tmp_path / "out.jsonl", tmp_path / "practices.csv"
+    known.write_bytes(written)
+    done = CliRunner().invoke(cli, ["import", "orders", str(path), "--to", str(target), "--practices", str(known)])
+    assert done.exit_code == 1
+    assert done.output == f"tribill: {known}{reason}; mend the file of practices, or import without --practices\n"
+    assert not target.exists()
 
 
 def test_a_party_file_row_by_row(tmp_path: Path) -> None:

@@ -331,7 +331,7 @@ def verify(path: Path, usage: Sequence[Path], verbose: bool) -> None:
     "--practices",
     "known",
     type=_FILE,
-    help="Refuse practices that this file (ods_code in its first column) does not have.",
+    help="Refuse practices that this file, a CSV with a column ods_code, does not have.",
 )
 @click.option("--whole", is_flag=True, help="Hold an order file with a bad row back: an order is placed once.")
 @click.pass_context

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -13,9 +12,14 @@ from typing import Any
 from sinks.clickhouse import ClickHouse
 from sinks.parties import PartyStore
 from streams.settings import Settings
-from tribill.importers import IMPORTERS, Problem
+from tribill.importers import IMPORTERS, Problem, table
 from tribill.importers.parties import import_parties
+from tribill.importers.row import Shape
 from tribill.interchange import Publisher
+
+_PRACTICES = Shape("a list of practices", ("ods_code",))
+#: Its codes are held in memory; the ODS register of all practices is half a megabyte.
+_PRACTICES_MAX_BYTES = 64 * 2**20
 
 
 def import_all(
@@ -29,10 +33,10 @@ def import_all(
 ) -> tuple[int, int]:
     """Imports the files; returns how many records were published (or written) and how many rows were bad.
 
-    `known` names a file of the practices that exist.  With `whole` a file of orders with a bad row is
-    held back, because an order is placed once.
+    `known` names a file of the practices that exist, in a column `ods_code`.  With `whole` a file of
+    orders with a bad row is held back, because an order is placed once.
     """
-    practices = _first_column(known) if known is not None else None
+    practices = _practices_in(known) if known is not None else None
     recorded_at = datetime.now(UTC)
     published = problems = 0
     with ExitStack() as stack:
@@ -87,8 +91,11 @@ def import_party_files(files: Sequence[Path], clickhouse: ClickHouse, say: Calla
     return kept, problems
 
 
-def _first_column(path: Path) -> set[str]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file)
-        next(rows, None)
-        return {row[0].strip() for row in rows if row}
+def _practices_in(path: Path) -> set[str]:
+    """The codes in the column `ods_code`.  Raises ValueError with the place and the fault of the first bad row."""
+    codes = set()
+    for row in table.rows(path, [_PRACTICES], _PRACTICES_MAX_BYTES):
+        if isinstance(row, Problem):
+            raise ValueError(f"{row}; mend the file of practices, or import without --practices")  # noqa: TRY004
+        codes.add(row.text("ods_code"))
+    return codes
