@@ -18,7 +18,7 @@ from chaos.checker import Checker, Log, Unverified, Verdict
 from chaos.faults import CLOSE_STEPS, Fault, Faults, plan
 from chaos.planted import Plant
 from chaos.speaker import Speaker
-from chaos.stack import ROOT, Stack
+from chaos.stack import ROOT, Ended, Stack
 from sinks.clickhouse import ClickHouse
 from streams.worker import SINK_ERRORS
 
@@ -30,6 +30,8 @@ DRAIN_SECONDS = 400
 CLOSES_AT_MOST = 12
 _STEPS_OF_A_CLOSE = 2
 _PLANTED_FAULTS = 6
+#: A worker that ends by itself so often in so many seconds will not do its work: no fault lasts as long.
+_ENDS, _ENDS_SECONDS = 8, 120
 #: What a worker ends with that meets what it does not expect (streams/worker.py).
 BUG_EXIT = 70
 
@@ -91,7 +93,7 @@ class Run:
         self._detail = ""
         self._look_at = 0.0
         self._steps: list[tuple[str, str]] = []
-        self._ended: list[str] = []
+        self._ended: list[Ended] = []
 
     def run(self, until: float = 0) -> Report:
         """Breaks, mends, closes and judges; `until` (monotonic) ends the faults early."""
@@ -103,7 +105,8 @@ class Run:
         self._speaker.wait()
         self._finish()
         verdict = self._judge()
-        verdict.note("a bug", [each for each in self._ended if each.endswith(f" {BUG_EXIT}")])
+        bugs = (each for each in self._ended if each.code == BUG_EXIT)
+        verdict.note("a bug", (f"{each.worker} ended by itself, and said: {each.said[:200]}" for each in bugs))
         return Report(self._faults.happened, verdict, len(self._ended))
 
     # --- while it is broken ---
@@ -135,7 +138,7 @@ class Run:
             for _ in range(LINES_A_BURST):
                 self._speaker.say(next(self._lines))
         self._faults.tick()
-        self._ended += self._told(self._stack.restart_dead())
+        self._look_at_dead()
         self._set_step()
         self._look_at_close()
         time.sleep(TICK_SECONDS)
@@ -144,11 +147,13 @@ class Run:
         if self._steps and self._faults.kill_close(*self._steps[0]):
             self._steps.pop(0)
 
-    def _told(self, ended: Iterator[str]) -> list[str]:
-        told = list(ended)
-        for each in told:
-            self._say(each)
-        return told
+    def _look_at_dead(self) -> None:
+        for each in self._stack.restart_dead():
+            self._say(f"{each.worker} ended by itself with exit code {each.code}")
+            self._ended.append(each)
+            since = each.at - _ENDS_SECONDS
+            if sum(other.worker == each.worker and other.at > since for other in self._ended) >= _ENDS:
+                raise Stalled(f"{each.worker} ends again and again, and says: {each.said}")
 
     def _ask_to_close(self) -> None:
         period = self._book.period(self._closed)
@@ -219,7 +224,7 @@ class Run:
 
     def _tick_quietly(self) -> None:
         """As a tick, without more of the book."""
-        self._ended += self._told(self._stack.restart_dead())
+        self._look_at_dead()
         time.sleep(0.3)
 
     def _judge(self) -> Verdict:

@@ -41,6 +41,16 @@ class NotStarted(Exception):
     """The installation could not be started: nothing can be said of tribill."""
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A worker that ended by itself: when (monotonic), and the last that it said."""
+
+    worker: str
+    code: int
+    at: float
+    said: str
+
+
 @dataclass(eq=False)
 class Worker:
     """A worker's place: its ports stay the same over its restarts."""
@@ -196,8 +206,8 @@ class Stack:
         """The workers of a role."""
         return [each for each in self.workers if each.role == role]
 
-    def restart_dead(self) -> Iterator[str]:
-        """Starts again what has ended, a moment later; says what ended by itself."""
+    def restart_dead(self) -> Iterator[Ended]:
+        """Starts again what has ended, a moment later; tells what ended by itself."""
         now = time.monotonic()
         for worker in self.workers:
             if worker.process is None or worker.process.exit_code is None:
@@ -206,9 +216,10 @@ class Stack:
                 worker.down_until = now + 0.5
                 code = worker.process.exit_code
                 if code != -signal.SIGKILL:
+                    tail = worker.process.log_tail(60)
                     with (self.directory / "deaths.log").open("a") as log:
-                        log.write(f"--- {worker.name}, exit code {code}\n{worker.process.log_tail(60)}\n")
-                    yield f"{worker.name} ended by itself with exit code {code}"
+                        log.write(f"--- {worker.name}, exit code {code}\n{tail}\n")
+                    yield Ended(worker.name, code, now, tail.strip().rpartition("\n")[2])
             elif now > worker.down_until:
                 worker.down_until = 0
                 self.start_worker(worker)

@@ -238,6 +238,29 @@ def many(book: Sequence[Record], practices: int, readings: int) -> list[Record]:
     return [*first, *usage[:half], *book[:close], book[close], *usage[half:], *book[close + 1 :]]
 
 
+def check_papers(run: Run) -> None:
+    """Every document in each of its forms, statements and control sheet; specimens, since no party is described."""
+    for period in ("2026-04", "2026-05"):
+        folder = run.out / period
+        bodies = [json.loads(path.read_text()) for path in folder.glob("*-invoice.json")]
+        bodies += [json.loads(path.read_text()) for path in folder.glob("*-credit-note.json")]
+        rows = run.rows(period)
+        assert sum(Decimal(body["net"]) for body in bodies) == sum(Decimal(row[-1]) for row in rows)
+        assert sum(len(body["lines"]) for body in bodies) == len(rows)
+        for body in bodies:
+            stem = folder / f"{body['number']}-{body['kind']}"
+            assert "SPECIMEN" in body["notice"]
+            assert "SPECIMEN" in stem.with_name(f"{stem.name}.xml").read_text()
+            assert stem.with_name(f"{stem.name}.pdf").read_bytes().startswith(b"%PDF")
+            assert len(stem.with_name(f"{stem.name}.csv").read_text().splitlines()) == len(body["lines"]) + 1
+        control = json.loads((folder / "control.json").read_text())
+        assert all(check["agrees"] and check["found"] == check["due"] for check in control["checks"])
+        practices = {row[2] for row in (*rows, *run.rows(period, "held.csv"))}
+        assert {path.stem for path in (folder / "statements").glob("practice-*.json")} == {
+            f"practice-{code}" for code in practices
+        }
+
+
 # --- cases ----------------------------------------------------------------------------------
 
 
@@ -249,6 +272,7 @@ def test_a_rich_book(start: Callable[..., Run]) -> None:
     plain, shuffled = start(book), start(mixed(book, 7))
     assert "2026-05 closed" in plain.end()
     plain.check(expected.closes)
+    check_papers(plain)
     shuffled.end()
     shuffled.check(expected.closes)
 
@@ -376,34 +400,6 @@ def test_ended_or_refused(start: Callable[..., Run]) -> None:
     assert re.search(r"2026-07 cannot be closed: 2026-05 was closed last, so 2026-06 is next", said)
     assert "Traceback" not in said + early.said + late.said
     refused.check(oracle.run(BOOK).closes)
-
-
-# --- the papers -----------------------------------------------------------------------------
-
-
-def test_the_folder_of_a_period(start: Callable[..., Run]) -> None:
-    """Every document in each of its forms, statements and control sheet; specimens, since no party is described."""
-    run = start(BOOK)
-    run.end()
-    for period in ("2026-04", "2026-05"):
-        folder = run.out / period
-        bodies = [json.loads(path.read_text()) for path in folder.glob("*-invoice.json")]
-        bodies += [json.loads(path.read_text()) for path in folder.glob("*-credit-note.json")]
-        rows = run.rows(period)
-        assert sum(Decimal(body["net"]) for body in bodies) == sum(Decimal(row[-1]) for row in rows)
-        assert sum(len(body["lines"]) for body in bodies) == len(rows)
-        for body in bodies:
-            stem = folder / f"{body['number']}-{body['kind']}"
-            assert "SPECIMEN" in body["notice"]
-            assert "SPECIMEN" in stem.with_name(f"{stem.name}.xml").read_text()
-            assert stem.with_name(f"{stem.name}.pdf").read_bytes().startswith(b"%PDF")
-            assert len(stem.with_name(f"{stem.name}.csv").read_text().splitlines()) == len(body["lines"]) + 1
-        control = json.loads((folder / "control.json").read_text())
-        assert all(check["agrees"] and check["found"] == check["due"] for check in control["checks"])
-        practices = {row[2] for row in (*rows, *run.rows(period, "held.csv"))}
-        assert {path.stem for path in (folder / "statements").glob("practice-*.json")} == {
-            f"practice-{code}" for code in practices
-        }
 
 
 def test_party_data(start: Callable[..., Run], tmp_path: Path) -> None:
