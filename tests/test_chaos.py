@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from itertools import islice
 from pathlib import Path
+from unittest import mock
 
+import pytest
+
+from chaos import __main__ as command
 from chaos.book import Book
+from chaos.checker import Unverified
 from chaos.faults import KINDS, plan
+from chaos.run import Stalled
+from chaos.stack import NotStarted
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,3 +46,22 @@ def test_without_kafka_nothing_is_verified() -> None:
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout.startswith("unverified")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "of_a_plant"),
+    [(NotStarted("no"), 2, 2), (Unverified("no"), 2, 2), (KeyError("no"), 2, 2), (Stalled("no"), 1, 0)],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_an_error_of_the_harness_is_no_verdict(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, code: int, of_a_plant: int
+) -> None:
+    """An error of the checker would pass as survived, or as a planted bug that was caught."""
+    monkeypatch.setattr(command, "JARS", "there")
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/java")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(command, "Stack", mock.Mock(side_effect=error))
+    for plant, expected in (([], code), (["--plant", "no-fencing"], of_a_plant)):
+        monkeypatch.setattr(sys, "argv", ["chaos", "--seed", "1", *plant])
+        assert command.main() == expected
