@@ -26,7 +26,7 @@ def start(data: Path, broker: str) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "TRIBILL_KAFKA": broker, "TRIBILL_SUPPLIER_TOPICS": "10000"}
     before = (data.parent / "up.log").read_bytes().count(b"ready after")
     up = subprocess.Popen([*TRIBILL, "up", "--data", str(data)], stderr=log, env=environment)
-    for _ in range(600):
+    for _ in range(2_000):
         if (data.parent / "up.log").read_bytes().count(b"ready after") > before:
             return up
         assert up.poll() is None, (data.parent / "up.log").read_text()
@@ -37,7 +37,7 @@ def start(data: Path, broker: str) -> subprocess.Popen[bytes]:
 def tribill(data: Path, *arguments: str) -> str:
     """A command against the running installation."""
     command = [*TRIBILL, "--config", str(data / "tribill.toml"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -61,7 +61,7 @@ def test_same_pennies_through_a_kill(tmp_path: Path) -> None:
             assert "drift 0" in tribill(data, "close", "2026-05", "--out", str(out))
         finally:
             up.send_signal(signal.SIGTERM)
-            up.wait(60)
+            up.wait(120)
     for close in expected.closes:
         for name, rows in (("lines", close.lines), ("held", close.held)):
             written = (out / close.period / f"{name}.csv").read_text().splitlines()[1:]

@@ -166,7 +166,7 @@ def test_a_graceful_stop_ends_the_batch_in_hand(address: str, tmp_path: Path) ->
         worker.send_signal(signal.SIGTERM)
         time.sleep(0.5)
         made.hold.unlink()
-        worker.wait(30)
+        worker.wait(100)
         done = len(made.done())
         assert made.committed() == {0: done}
         made.start()
@@ -220,7 +220,7 @@ def test_rebalances(address: str, tmp_path: Path) -> None:
         for _ in range(5):
             send_some()
             time.sleep(0.3)
-        second.wait(30)
+        second.wait(100)
         send_some()
         wait(lambda: set(made.done()) == set(range(sent)) and made.is_committed())
         for partition in range(PARTITIONS):
