@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from chaos import __main__ as command
 from chaos.book import Book
 from chaos.checker import Unverified
 from chaos.faults import KINDS, plan
+from chaos.planted import failed
 from chaos.run import Stalled
 from chaos.stack import NotStarted
 
@@ -65,3 +67,14 @@ def test_an_error_of_the_harness_is_no_verdict(
     for plant, expected in (([], code), (["--plant", "no-fencing"], of_a_plant)):
         monkeypatch.setattr(sys, "argv", ["chaos", "--seed", "1", *plant])
         assert command.main() == expected
+
+
+@pytest.mark.parametrize(("last", "is_failed"), [("chaos/planted.py", True), ("agents/charges.py", False)])
+def test_a_plant_that_fails_itself(tmp_path: Path, last: str, is_failed: bool) -> None:
+    """An error in a planted bug's own code would pass as the bug that was caught."""
+    files = [ROOT / "chaos" / "planted.py", ROOT / last, ROOT / ".venv" / "site-packages" / "polars.py"]
+    trace = "".join(f'  File "{file}", line 1, in add\n' for file in files)
+    (tmp_path / "log").mkdir()
+    said = {"event": "a bug: the batch is not acknowledged and the worker ends", "exception": trace}
+    (tmp_path / "log" / "worker-charges.1.log").write_text(f"[Crashed]\n{json.dumps(said)}\n")
+    assert failed(tmp_path) == is_failed
