@@ -261,20 +261,62 @@ def check_papers(run: Run) -> None:
         }
 
 
+def write_parties(file: Path) -> None:
+    """Writes what is known of the parties: one of them, in line 5, is wrong, and no agreement outlives April."""
+    lines = []
+    for code in ("10030", "10031", "NHSE", "QOP", "QHM"):
+        number = "GB999999973"
+        row = {"code": code, "name": f"Body {code}", "address": ["1 High Street"], "postcode": "LS1 1AA"}
+        row |= {"vat_number": number, "from": "2026-01-01", "endpoint": {"scheme": "9932", "id": number}}
+        lines.append({"party": row})
+        if code == "QHM":
+            row["postcode"] = ""
+    for payer, supplier in (("NHSE", "10030"), ("NHSE", "10031"), ("QOP", "10030"), ("QHM", "10031")):
+        row = {"supplier_id": supplier, "payer": payer, "vat_number": "GB999999973"}
+        lines.append({"agreement": row | {"from": "2026-04-01", "to": "2026-05-01"}})
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def check_documents(run: Run) -> None:
+    """With party data a document is an invoice; a party that a bad row leaves out costs the number, not the money."""
+    names = sorted(path.name for path in (run.out / "2026-04").glob("*.json") if "evidence" not in path.name)
+    assert [name for name in names if "pro-forma" not in name] == [
+        "NHSE-000001-invoice.json",
+        "NHSE-000002-invoice.json",
+        "QOP-000001-invoice.json",
+        "control.json",
+    ]
+    assert "QHM-10031-2026-04-pro-forma.json" in names
+    assert not list((run.out / "2026-04").glob("*pro-forma.xml"))
+    # The agreements ended with April.
+    assert not list((run.out / "2026-05").glob("*-invoice.json"))
+    for period in ("2026-04", "2026-05"):
+        papers = [path for path in (run.out / period).glob("*-*.json") if "evidence" not in path.name]
+        bodies = [json.loads(path.read_text()) for path in papers]
+        assert sum(Decimal(body["net"]) for body in bodies) == sum(Decimal(row[-1]) for row in run.rows(period))
+        assert not any(body["specimen"] for body in bodies)
+
+
 # --- cases ----------------------------------------------------------------------------------
 
 
-def test_a_rich_book(start: Callable[..., Run]) -> None:
-    """The command would come to other money than the rules, or to other money when the stream is mixed."""
+def test_a_rich_book(start: Callable[..., Run], tmp_path: Path) -> None:
+    """The command would come to other money than the rules, or to other money when the stream is mixed.
+
+    The one run knows nothing of the parties, the other does, so their documents differ and their money does not.
+    """
+    parties = tmp_path / "parties.jsonl"
+    write_parties(parties)
     book = many(BOOK, 25, 1_200)
     expected = oracle.run(book)
     assert any(float(row[-1]) < 0 for row in expected.closes[1].lines), "the book has a credit"
-    plain, shuffled = start(book), start(mixed(book, 7))
+    plain, shuffled = start(book), start(mixed(book, 7), "--parties", str(parties))
     assert "2026-05 closed" in plain.end()
     plain.check(expected.closes)
     check_papers(plain)
-    shuffled.end()
+    assert f"{parties}:5: party.postcode" in shuffled.end()
     shuffled.check(expected.closes)
+    check_documents(shuffled)
 
 
 def test_a_year_of_emis_web(start: Callable[..., Run]) -> None:
@@ -400,38 +442,3 @@ def test_ended_or_refused(start: Callable[..., Run]) -> None:
     assert re.search(r"2026-07 cannot be closed: 2026-05 was closed last, so 2026-06 is next", said)
     assert "Traceback" not in said + early.said + late.said
     refused.check(oracle.run(BOOK).closes)
-
-
-def test_party_data(start: Callable[..., Run], tmp_path: Path) -> None:
-    """With party data a document is an invoice; a party that a bad row leaves out costs the number, not the money."""
-    lines = []
-    for code in ("10030", "10031", "NHSE", "QOP", "QHM"):
-        number = "GB999999973"
-        row = {"code": code, "name": f"Body {code}", "address": ["1 High Street"], "postcode": "LS1 1AA"}
-        row |= {"vat_number": number, "from": "2026-01-01", "endpoint": {"scheme": "9932", "id": number}}
-        lines.append({"party": row})
-        if code == "QHM":
-            row["postcode"] = ""
-    for payer, supplier in (("NHSE", "10030"), ("NHSE", "10031"), ("QOP", "10030"), ("QHM", "10031")):
-        row = {"supplier_id": supplier, "payer": payer, "vat_number": "GB999999973"}
-        lines.append({"agreement": row | {"from": "2026-04-01", "to": "2026-05-01"}})
-    file = tmp_path / "parties.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run = start(BOOK, "--parties", str(file))
-    assert f"{file}:5: party.postcode" in run.end()
-    names = sorted(path.name for path in (run.out / "2026-04").glob("*.json") if "evidence" not in path.name)
-    assert [name for name in names if "pro-forma" not in name] == [
-        "NHSE-000001-invoice.json",
-        "NHSE-000002-invoice.json",
-        "QOP-000001-invoice.json",
-        "control.json",
-    ]
-    assert "QHM-10031-2026-04-pro-forma.json" in names
-    assert not list((run.out / "2026-04").glob("*pro-forma.xml"))
-    # The agreements ended with April.
-    assert not list((run.out / "2026-05").glob("*-invoice.json"))
-    for period in ("2026-04", "2026-05"):
-        papers = [path for path in (run.out / period).glob("*-*.json") if "evidence" not in path.name]
-        bodies = [json.loads(path.read_text()) for path in papers]
-        assert sum(Decimal(body["net"]) for body in bodies) == sum(Decimal(row[-1]) for row in run.rows(period))
-        assert not any(body["specimen"] for body in bodies)
