@@ -331,16 +331,18 @@ def test_a_year_of_emis_web(start: Callable[..., Run]) -> None:
         reached("C010001", "c2", item, practice, "M1", "2026-04-01"),
         reached("C010001", "c3", item, practice, "M2", "2026-04-14"),
     ]
-    closes = [f"2026-{month:02d}" for month in range(4, 13)] + ["2027-01", "2027-02", "2027-03"]
+    # The first close comes late and bills ten months; tests/test_rating.py has one for each.
+    closes = ["2027-01", "2027-02", "2027-03"]
     run = start(book, *(argument for period in closes for argument in ("--close", period)))
     run.end()
     run.check(oracle.run(book, closes=closes).closes)
     months = []
     for period in closes:
-        [(*_, for_period, kind, net)] = run.rows(period)
-        assert (for_period, kind) == (period, "charge")
+        for *_, for_period, kind, net in run.rows(period):
+            assert kind == ("charge" if for_period == period else "adjustment")
+            months.append(Decimal(net))
         assert run.rows(period, "held.csv") == []
-        months.append(Decimal(net))
+    assert len(months) == 12
     assert sum(months) == Decimal("10660.86")
     assert max(months) - min(months) <= Decimal("0.01")
 
