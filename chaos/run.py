@@ -171,11 +171,14 @@ class Run:
             return
         self._look_at = time.monotonic() + 1
         rows = self._ask(
-            "SELECT argMax(detail, at), (SELECT count() FROM periods WHERE period = {period:String})"
+            "SELECT argMax(outcome, at), argMax(detail, at),"
+            " (SELECT count() FROM periods WHERE period = {period:String})"
             " FROM close_requests WHERE period = {period:String}",
             {"period": self._closing},
         )
-        for detail, closed in rows:
+        for outcome, detail, closed in rows:
+            if outcome == "refused":
+                raise Stalled(f"the close of {self._closing} was refused: {detail}")
             if detail != self._detail:
                 self._detail = detail
                 self._say(f"the close: {detail[:100] or 'done'}")
