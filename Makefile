@@ -4,7 +4,7 @@ BIN := .venv/bin
 ARGS ?=
 KAFKA_JARS = $(or $(TRIBILL_KAFKA_JARS),$(or $(TMPDIR),/tmp)/tribill-kafka-4.1.0)
 CHAOS = TRIBILL_KAFKA_JARS=$(KAFKA_JARS) $(BIN)/python -m chaos $(if $(SEED),--seed $(SEED))
-# Most tests wait more than they compute, so three at a time on two cores.
+# Most tests wait more than they compute, so three files at a time on two cores; a file starts its servers once.
 TESTS_AT_A_TIME ?= 3
 PLANTS = claim-without-position commit-before-insert commit-before-totals delta-instead-of-total no-fencing
 
@@ -42,7 +42,7 @@ lint: setup
 	@$(BIN)/mypy rating streams agents sinks tribill web chaos
 
 test: setup lint
-	@$(BIN)/python -m pytest -n $(TESTS_AT_A_TIME) --dist worksteal $(ARGS)
+	@$(BIN)/python -m pytest -n $(TESTS_AT_A_TIME) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 simulate: setup
 	@POLARS_MAX_THREADS=1 $(BIN)/python -m tests.simulation $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(ARGS)
