@@ -41,7 +41,7 @@ def main() -> int:
     print(f"seed {asked.seed}; logs in {directory}", flush=True)
     code = _run(asked, directory)
     if asked.plant and failed(directory):
-        print(f"unverified: the code of {asked.plant} failed itself: chaos/planted.py does not fit the product")
+        print(f"unverified: with {asked.plant} an agent died of an error: does chaos/planted.py fit the product?")
         code = UNVERIFIED
     if asked.plant and code != UNVERIFIED:
         print(f"planted {asked.plant}: {'caught' if code else 'NOT caught'}")

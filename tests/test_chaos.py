@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -69,12 +68,16 @@ def test_an_error_of_the_harness_is_no_verdict(
         assert command.main() == expected
 
 
-@pytest.mark.parametrize(("last", "is_failed"), [("chaos/planted.py", True), ("agents/charges.py", False)])
-def test_a_plant_that_fails_itself(tmp_path: Path, last: str, is_failed: bool) -> None:
+@pytest.mark.parametrize(
+    ("said", "is_failed"),
+    [
+        ('{"event": "a bug: the batch is not acknowledged and the worker ends", "agent": "charges"}', True),
+        ("[^App]: Crashed reason=BaseExceptionGroup('in a TaskGroup', [PanicException('left == right')])", True),
+        ('{"event": "sink failed, trying again", "agent": "charges"}', False),
+    ],
+)
+def test_a_plant_that_fails_itself(tmp_path: Path, said: str, is_failed: bool) -> None:
     """An error in a planted bug's own code would pass as the bug that was caught."""
-    files = [ROOT / "chaos" / "planted.py", ROOT / last, ROOT / ".venv" / "site-packages" / "polars.py"]
-    trace = "".join(f'  File "{file}", line 1, in add\n' for file in files)
     (tmp_path / "log").mkdir()
-    said = {"event": "a bug: the batch is not acknowledged and the worker ends", "exception": trace}
-    (tmp_path / "log" / "worker-charges.1.log").write_text(f"[Crashed]\n{json.dumps(said)}\n")
+    (tmp_path / "log" / "worker-charges.1.log").write_text(f"started\n{said}\n")
     assert failed(tmp_path) == is_failed
