@@ -12,7 +12,10 @@ rebalance.  So what is committed is only what an agent has said to be finished, 
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from aiokafka.consumer import consumer, fetcher
@@ -25,8 +28,12 @@ from streams.unfolding import bound_unfolding
 #: An agent is handed no more records at once when their values have so many bytes.
 BATCH_BYTES = 16 * 1024 * 1024
 _NONE = TP("", -1)
-#: A broker that is not asked for all partitions answers after so long, whether it has anything or not.
-_SOON_MS = 20
+#: A partition of which fewer bytes than this were handed over is not asked for again for so long: what a batch
+#: costs whatever is in it would otherwise keep everything busy with batches of a few records.
+_FEW_BYTES = 256 * 1024
+REST_SECONDS = 0.25
+#: A broker that is not asked for a partition, for records of it wait here, answers after so long.
+_SOON_MS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +82,17 @@ class _Fetched(fetcher.FetchResult):  # type: ignore[misc]
                 return records
         self._update_position()
         self._partition_records = None
+        if size < _FEW_BYTES:
+            state = self._assignment.state_value(self._topic_partition)
+            state.rests_until = time.monotonic() + REST_SECONDS
         return records
 
 
 class _Fetcher(fetcher.Fetcher):  # type: ignore[misc]
     """What asks each broker for records, one request at a time.
 
-    A request leaves out the partitions that have records waiting here, and the broker may hold it for as long as
-    the others have none (Faust lets it for 1.5 s): so long the ones left out would not be asked for again.
+    A request leaves out the partitions that rest or have records waiting here, and the broker may hold it for as
+    long as the others have none (Faust lets it for 1.5 s): so long the ones left out could not be asked for.
     """
 
     _fetch_max_wait_ms: int
@@ -92,8 +102,13 @@ class _Fetcher(fetcher.Fetcher):  # type: ignore[misc]
         self._patience_ms = self._fetch_max_wait_ms
 
     def _get_actions_per_node(self, assignment: Any) -> Any:
-        self._fetch_max_wait_ms = _SOON_MS if self._records else self._patience_ms
-        return super()._get_actions_per_node(assignment)
+        now = time.monotonic()
+        rests = {tp: getattr(assignment.state_value(tp), "rests_until", now) - now for tp in assignment.tps}
+        awake = SimpleNamespace(tps=[tp for tp, rest in rests.items() if rest <= 0], state_value=assignment.state_value)
+        soonest = min((rest for rest in rests.values() if rest > 0), default=self._patience_ms / 1000)
+        self._fetch_max_wait_ms = min(math.ceil(soonest * 1000), _SOON_MS if self._records else self._patience_ms)
+        requests, resets, seconds, *rest = super()._get_actions_per_node(awake)
+        return requests, resets, min(seconds, soonest), *rest
 
 
 fetcher.PartitionRecords, fetcher.FetchResult, consumer.Fetcher = _Records, _Fetched, _Fetcher

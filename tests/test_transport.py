@@ -25,7 +25,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from streams.settings import Settings
 from streams.topics import Broker
-from streams.transport import _Fetcher
+from streams.transport import REST_SECONDS, _Fetcher
 from tests.kafka.broker import JARS, kafka
 from tribill.embedded import broker as tansu
 from tribill.embedded.process import free_port
@@ -265,16 +265,26 @@ def test_partitions_left_out_of_a_request_are_asked_for_soon() -> None:
     fetcher._fetch_min_bytes, fetcher._fetch_max_bytes, fetcher._max_partition_fetch_bytes = 1, 9, 9
     fetcher._isolation_level, fetcher._client_rack, fetcher._fetcher_timeout = 0, None, 1
     fetcher._select_read_replica = lambda tp: 7
-    state = SimpleNamespace(has_valid_position=True, paused=False, position=3)
-    assignment = SimpleNamespace(tps=both, state_value=lambda tp: state)
+    states = {tp: SimpleNamespace(has_valid_position=True, paused=False, position=3) for tp in both}
+    assignment = SimpleNamespace(tps=both, state_value=states.get)
 
-    def asked() -> tuple[int, list[int]]:
-        [(_, request)] = fetcher._get_actions_per_node(assignment)[0]
+    def asked() -> tuple[int, list[int], bool]:
+        requests, _, seconds, *_ = fetcher._get_actions_per_node(assignment)
+        [(_, request)] = requests
         [(_, partitions)] = request._topics
-        return request._max_wait_ms, sorted(number for number, *_ in partitions)
+        return request._max_wait_ms, sorted(number for number, *_ in partitions), seconds < 1
 
-    assert asked() == (1_500, [0, 1])
-    fetcher._records[both[0]] = SimpleNamespace(calculate_backoff=lambda: 0)
-    wait_ms, partitions = asked()
+    assert asked() == (1_500, [0, 1], False)
+    # One rests: the other is asked for, and both again when it has rested.
+    states[both[0]].rests_until = time.monotonic() + REST_SECONDS
+    wait_ms, partitions, looks_again = asked()
     assert partitions == [1]
-    assert wait_ms < 100
+    assert wait_ms <= REST_SECONDS * 1000
+    assert looks_again
+    states[both[0]].rests_until = time.monotonic()
+    assert asked() == (1_500, [0, 1], False)
+    # Records of one wait.
+    fetcher._records[both[0]] = SimpleNamespace(calculate_backoff=lambda: 0)
+    wait_ms, partitions, _ = asked()
+    assert partitions == [1]
+    assert wait_ms <= REST_SECONDS * 1000
