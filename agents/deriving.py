@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from agents.collector import collector_paused
 from agents.context import Context
 from agents.explaining import Changes, Explained, Explaining
 from rating.amounts import micros_text
@@ -111,8 +110,7 @@ class Deriving:
         ledger = self._context.ledger
         changes = Changes(self._context, cut.generation, cut.positions)
         known = changes.known(ledger.totals_at_cut(cut.generation, cut.positions))
-        with collector_paused():
-            derivation = derive(known.book, period)
+        derivation = derive(known.book, period)
         known.wanted = derivation.wanted
         invoiced = self._documents.invoiced_before(period)
         rows, held = invoice(derivation, invoiced, period)

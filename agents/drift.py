@@ -7,11 +7,11 @@ from fractions import Fraction
 
 from agents.context import Context
 from agents.explaining import Changes
-from rating.amounts import Exact, pence
+from rating.amounts import GRAINS, Exact, pence
 from rating.book import LineKey
 from rating.close import Derivation, rate_lines
 from rating.funding import charge_of
-from sinks.accruals import Accruals, fraction_text
+from sinks.accruals import Accruals
 from sinks.documents import Cut
 from sinks.positions import Positions
 from streams.topics import partition_for
@@ -43,13 +43,15 @@ def drift_pence(context: Context, period: int, derived: Derivation, cut: Cut) ->
     total = Fraction(0)
     #: The months of each line that have a row, a bit each: there may be a million.
     seen: dict[LineKey, int] = {}
+    nothing: dict[int, Exact] = {}
     for line, month, exact, at in accruals.exact_rows(period):
         partition = partition_of[line[1]]
         seen[line] = seen.get(line, 0) | 1 << period - month
-        due = pence(expected[partition].get(line, {}).get(month, 0))
+        due = expected[partition].get(line, nothing).get(month, 0)
+        numerator, _, denominator = exact.partition("/")
         # A row that was written since its partition's positions were read counts more than they say.
-        if exact != fraction_text(due) and at <= complete[partition]:
-            total += abs(Fraction(exact) - due)
+        if due * int(denominator or 1) != int(numerator) * GRAINS and at <= complete[partition]:
+            total += abs(Fraction(exact) - pence(due))
     for partition, charges in enumerate(expected):
         for line, months in charges.items():
             if partition_of[line[1]] == partition:

@@ -126,7 +126,7 @@ class Explaining:
         return {key: causes.of(key) for key in adjusted}
 
     def _digests(self, cut: Cut, items: Collection[str], months: Collection[int]) -> dict[Service, dict[int, Readings]]:
-        return self._ledger.digests_at_cut(cut.generation, cut.positions, items, months) if months else {}
+        return self._store.digests(cut.generation, cut.positions, items, months) if months else {}
 
 
 def _metered(known: Known, keys: Iterable[ChargeKey]) -> set[str]:

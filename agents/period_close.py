@@ -33,6 +33,7 @@ from typing import Any, ClassVar
 
 import structlog
 
+from agents.collector import collector_paused
 from agents.context import Context
 from agents.deriving import Derived, Deriving, Issue, attestation_deadline
 from agents.drift import drift_pence
@@ -379,6 +380,7 @@ class PeriodClose(Agent):
 
     # --- step 4 ---
 
+    @collector_paused()
     def _close(self, period: int, cut: Cut, request: Request) -> None:
         decision = self._documents.decision(period, cut)
         try:

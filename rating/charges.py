@@ -456,6 +456,7 @@ def first_month(line: Line, book: Book) -> int | None:
     return month_of(min(days)) if days else None
 
 
+@lru_cache(maxsize=65_536)
 def iso(day: int) -> str:
     """A day (ordinal) as an ISO date, for messages and evidence."""
     return date.fromordinal(day).isoformat()

@@ -116,6 +116,7 @@ class Evidence:
                 of_item = of_parties.setdefault((key.order_number, key.item_id), {})
                 of_item.setdefault(key[:3], {})[key.month] = amount
         self._said: dict[str, _SaidOfOrder] = {}
+        self._allocated: dict[str, list[dict[str, Any]]] = {}
         self._wanted: dict[str, dict[int, Exact]] = {}
         for (party, month), exact in known.wanted.items():
             self._wanted.setdefault(party, {})[month] = exact
@@ -215,17 +216,19 @@ class Evidence:
             if any(step.take == "allocation" for waterfall in line.funding.values for step in waterfall)
             for party in line.order.party.values
         }
-        found = []
-        for party in sorted(parties):
+        return [each for party in sorted(parties) for each in self._allocations_of(party)]
+
+    def _allocations_of(self, party: str) -> list[dict[str, Any]]:
+        if party not in self._allocated:
             years: dict[int, dict[str, str]] = {}
             for month, exact in sorted(self._wanted.get(party, {}).items()):
                 years.setdefault(financial_year(month), {})[month_text(month)] = str(pence(exact))
-            for year, wanted in years.items():
-                amount = allocation_exact(self._known.book.reference, party, year) // MICRO_GRAINS
-                found.append(
-                    {"ordering_party": party, "financial_year": year, "amount": micros_text(amount), "wanted": wanted}
-                )
-        return found
+            self._allocated[party] = [
+                {"ordering_party": party, "financial_year": year, "amount": micros_text(amount), "wanted": wanted}
+                for year, wanted in years.items()
+                for amount in [allocation_exact(self._known.book.reference, party, year) // MICRO_GRAINS]
+            ]
+        return self._allocated[party]
 
     def _usage(self, lines: Iterable[Line], about: set[LineKey], period: int) -> list[dict[str, Any]]:
         book, until, found = self._known.book, last_day(period), []

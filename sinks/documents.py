@@ -17,7 +17,6 @@ from rating.documents import Document
 from rating.statements import Statement
 from sinks.clickhouse import ClickHouse
 from sinks.evidence import EvidenceStore, write_evidence
-from sinks.ledger import Ledger
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +271,7 @@ class Documents:
         cut = self.cut(period)
         assert cut is not None, "a closed period has a cut"
         texts = self.evidence.evidence(period)
-        return write_evidence(texts, Ledger(self._clickhouse), cut.generation, cut.positions, folder, name)
+        return write_evidence(texts, self.evidence, cut.generation, cut.positions, folder, name)
 
     def insert_statements(self, period: int, statements: Sequence[Statement]) -> None:
         """Inserts statements, remittance advices and the control sheet."""

@@ -5,19 +5,48 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from rating.amounts import GRAINS, Exact, pence, whole
+from rating.amounts import GRAINS, Exact, micros_text, pence, whole
 from rating.book import Service
 from rating.calendar import month_text, parse_month
 from rating.causes import Cause
 from rating.close import ChargeKey
+from rating.evidence import Readings
 from sinks.clickhouse import ClickHouse
-from sinks.ledger import Ledger
-from sinks.positions import Positions
+from sinks.ledger import chunks
+from sinks.positions import Positions, at_cut, cut_parameters
 
+#: The readings that stand of some items on days of some months, those of quantity 0 left out.  Only identities
+#: that were ever said to be such are judged: a small part of the ledger.
+_STANDING_READINGS = """
+SELECT ods_code, toString(supplier_id) AS supplier, id, standing.1 AS revision, standing.2 AS item_id,
+       standing.3 AS day, standing.4 AS quantity_micros, standing.5 AS occurred_at_us
+FROM (
+    SELECT ods_code, supplier_id, id,
+           argMin((revision, toString(item_id), day, quantity_micros, toUnixTimestamp64Micro(occurred_at)),
+                  (-revision, generation, broker_timestamp_ms, topic, partition, offset, `index`)) AS standing
+    FROM usage
+    WHERE {condition} AND (ods_code, supplier_id, id) IN (
+        SELECT ods_code, supplier_id, id FROM usage
+        WHERE item_id IN {{items:Array(String)}} AND toYYYYMM(day) IN {{months:Array(UInt32)}})
+    GROUP BY ods_code, supplier_id, id
+)
+WHERE item_id IN {{items:Array(String)}} AND quantity_micros > 0 AND toYYYYMM(day) IN {{months:Array(UInt32)}}
+"""
+#: How many they are by day, and their digest (docs/verification.md).
+_DIGESTS = """
+SELECT ods_code, item_id, day, count(),
+       lower(hex(SHA256(arrayStringConcat(arraySort(groupArray(
+           concat(toString(revision), ' ', toString(quantity_micros), ' ', id, '\\n')))))))
+FROM ({readings}) GROUP BY ods_code, item_id, day
+"""
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+#: How evidence says that no usage is in it.
+_NO_USAGE = '"usage":[],"usage_months":'
 #: So much evidence is held before it is inserted.
 _INSERT_CHARACTERS = 16_000_000
 
@@ -94,6 +123,35 @@ class EvidenceStore:
         )
         return {(party, month): whole(Fraction(exact) * GRAINS) for party, month, exact in rows}
 
+    def digests(
+        self, generation: int, cut: Positions, items: Iterable[str], months: Iterable[int]
+    ) -> dict[Service, dict[int, Readings]]:
+        """The number and digest of the readings of some items on each day of some months, at a cut."""
+        found: dict[Service, dict[int, Readings]] = {}
+        for statement, parameters in _standing_readings(generation, cut, items, months):
+            rows = self._clickhouse.query(_DIGESTS.format(readings=statement), parameters)
+            for ods_code, item_id, day, count, digest in rows:
+                found.setdefault((item_id, ods_code), {})[day.toordinal()] = Readings(count, digest)
+        return found
+
+    def readings(
+        self, generation: int, cut: Positions, items: Iterable[str], months: Iterable[int]
+    ) -> Iterator[dict[str, Any]]:
+        """Those readings themselves, as interchange values, by practice, item and day for some items at a time."""
+        for statement, parameters in _standing_readings(generation, cut, items, months):
+            rows = self._clickhouse.stream(f"{statement} ORDER BY ods_code, item_id, day, supplier, id", parameters)
+            for ods_code, supplier, reading_id, revision, item_id, _, quantity, at in rows:
+                occurred_at = (_EPOCH + timedelta(microseconds=at)).isoformat().replace("+00:00", "Z")
+                yield {
+                    "id": reading_id,
+                    "revision": revision,
+                    "supplier_id": supplier,
+                    "ods_code": ods_code,
+                    "item_id": item_id,
+                    "quantity": micros_text(quantity),
+                    "occurred_at": occurred_at,
+                }
+
     def insert_evidence(self, period: int, bodies: Iterable[tuple[str, str]]) -> None:
         """Inserts the evidence of documents, number and JSON, some megabytes at a time."""
         columns, rows, size = ("period", "number", "body"), [], 0
@@ -126,6 +184,17 @@ class EvidenceStore:
             size += length
 
 
+def _standing_readings(
+    generation: int, cut: Positions, items: Iterable[str], months: Iterable[int]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The statement and parameters of some items at a time."""
+    statement = _STANDING_READINGS.format(condition=at_cut("concat(topic, '/', toString(partition))"))
+    numbers = [month // 12 * 100 + month % 12 + 1 for month in sorted(months)]
+    for chunk in chunks((each,) for each in sorted(items)):
+        some = {"items": [item_id for (item_id,) in chunk], "months": numbers}
+        yield statement, cut_parameters(generation, cut) | some
+
+
 def evidence_text(evidence: Mapping[str, Any]) -> str:
     """Evidence as its file has it; a document names the SHA-256 of these bytes."""
     return json.dumps(evidence, separators=(",", ":"), ensure_ascii=False) + "\n"
@@ -139,7 +208,7 @@ def sealed(body: dict[str, Any]) -> dict[str, Any]:
 
 def write_evidence(
     texts: Iterable[tuple[str, str]],
-    ledger: Ledger,
+    store: EvidenceStore,
     generation: int,
     cut: Positions,
     folder: Path,
@@ -154,6 +223,8 @@ def write_evidence(
     months: set[int] = set()
     for number, text in texts:
         yield write_whole(folder / f"{name(number)}-evidence.json", text.encode())
+        if _NO_USAGE in text:
+            continue
         evidence = json.loads(text)
         months |= {parse_month(month) for month in evidence["usage_months"]}
         for each in evidence["usage"]:
@@ -166,7 +237,7 @@ def write_evidence(
         unfinished(path).write_bytes(b"")
     lines: dict[Path, list[str]] = {}
     size = 0
-    for reading in ledger.readings_at_cut(generation, cut, {item_id for item_id, _ in numbers}, months):
+    for reading in store.readings(generation, cut, {item_id for item_id, _ in numbers}, months):
         line = json.dumps({"topic": "usage", "value": reading}, separators=(",", ":"), ensure_ascii=False) + "\n"
         for number in numbers.get((reading["item_id"], reading["ods_code"]), ()):
             lines.setdefault(paths[number], []).append(line)

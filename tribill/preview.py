@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
+from agents.collector import collector_paused
 from agents.context import Context
 from agents.deriving import Deriving, Issue, attestation_deadline
 from agents.drift import drift_pence
@@ -16,7 +17,7 @@ from rating.close import ChargeKey
 from rating.completeness import Completeness
 from sinks.accruals import decimal
 from sinks.documents import Cut, Documents
-from sinks.evidence import sealed, write_evidence
+from sinks.evidence import EvidenceStore, sealed, write_evidence
 from sinks.parties import PartyStore
 from sinks.positions import place_text
 from streams.settings import Settings
@@ -27,6 +28,7 @@ from tribill.closing import Closed, CloseRefused
 class Preview:
     """The papers of a period as they would be now; `sinks.papers.files` writes them like those of a close."""
 
+    @collector_paused()
     def __init__(self, settings: Settings, period: int, say: Callable[[str], None]) -> None:
         """Derives them.  Raises CloseRefused for a period that is closed, OutOfBalance."""
         self._context = context = Context("preview", settings)
@@ -136,6 +138,6 @@ class Preview:
 
     def write_evidence(self, period: int, folder: Path, name: Callable[[str], str]) -> Iterator[Path]:
         """Writes the evidence of the documents, file by file."""
-        texts = self.issue.explained.evidence_of(self.issue.documents)
-        cut = self.cut
-        return write_evidence(texts, self._context.ledger, cut.generation, cut.positions, folder, name)
+        texts, cut = self.issue.explained.evidence_of(self.issue.documents), self.cut
+        store = EvidenceStore(self._context.clickhouse)
+        return write_evidence(texts, store, cut.generation, cut.positions, folder, name)

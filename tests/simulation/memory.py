@@ -103,11 +103,11 @@ class MemoryLedger:
         return totals if items is None else {service: days for service, days in totals.items() if service[0] in items}
 
     def totals_at_cut(self, generation: int, cut: Mapping[str, int]) -> dict[Any, dict[int, int]]:
-        return _by_service(self._at_cut(generation, cut))
+        return _by_service(self.at_cut(generation, cut))
 
     def reported_at_cut(self, generation: int, cut: Mapping[str, int], month: int) -> dict[str, Reported]:
         found: dict[str, Reported] = {}
-        for (_, supplier_id, _), row in standing(self._at_cut(generation, cut)).items():
+        for (_, supplier_id, _), row in standing(self.at_cut(generation, cut)).items():
             if row["quantity_micros"] and month_of(row["day"].toordinal()) == month:
                 readings, quantity = found.get(supplier_id, Reported())
                 found[supplier_id] = Reported(readings + 1, quantity + row["quantity_micros"])
@@ -117,24 +117,6 @@ class MemoryLedger:
         wanted = set(services)
         days = {(row["ods_code"], row["item_id"], row["day"].toordinal()) for row in self.usage}
         return sorted(day for day in days if (day[1], day[0]) in wanted and first <= day[2] < end)
-
-    def digests_at_cut(
-        self, generation: int, cut: Mapping[str, int], items: Iterable[str], months: Iterable[int]
-    ) -> dict[Any, dict[int, Readings]]:
-        wanted, within = set(items), set(months)
-        lines: dict[Any, dict[int, list[str]]] = {}
-        for (ods_code, _, reading), row in standing(self._at_cut(generation, cut)).items():
-            day = row["day"].toordinal()
-            if row["item_id"] in wanted and month_of(day) in within and row["quantity_micros"]:
-                text = f"{row['revision']} {row['quantity_micros']} {reading}\n"
-                lines.setdefault((row["item_id"], ods_code), {}).setdefault(day, []).append(text)
-        return {
-            service: {
-                day: Readings(len(each), hashlib.sha256("".join(sorted(each)).encode()).hexdigest())
-                for day, each in days.items()
-            }
-            for service, days in lines.items()
-        }
 
     def same_usage(self, generation: int, positions: Mapping[str, int], cut: Mapping[str, int]) -> bool:
         return all(
@@ -176,7 +158,7 @@ class MemoryLedger:
             if (row["generation"], row["accepted_offset"]) < (generation, accepted_before):
                 yield row
 
-    def _at_cut(self, generation: int, cut: Mapping[str, int]) -> Iterator[Row]:
+    def at_cut(self, generation: int, cut: Mapping[str, int]) -> Iterator[Row]:
         return (row for row in self.usage if _counts(row, generation, cut, _said(row), row["offset"]))
 
 
@@ -316,7 +298,8 @@ class MemoryAccruals:
 class MemoryDocuments:
     """As `sinks.documents.Documents` and `sinks.evidence.EvidenceStore`."""
 
-    def __init__(self) -> None:
+    def __init__(self, ledger: MemoryLedger) -> None:
+        self._ledger = ledger
         self.cuts: dict[int, dict[tuple[int, int], Cut]] = {}
         self.refused: set[tuple[int, int, int]] = set()
         self.decisions: dict[tuple[int, int, int], Decision] = {}
@@ -432,6 +415,24 @@ class MemoryDocuments:
         for key, cause in causes.items():
             self._same((period, "cause", *key), (cause.text, originals.get(key, "")))
 
+    def digests(
+        self, generation: int, cut: Mapping[str, int], items: Iterable[str], months: Iterable[int]
+    ) -> dict[Any, dict[int, Readings]]:
+        wanted, within = set(items), set(months)
+        lines: dict[Any, dict[int, list[str]]] = {}
+        for (ods_code, _, reading), row in standing(self._ledger.at_cut(generation, cut)).items():
+            day = row["day"].toordinal()
+            if row["item_id"] in wanted and month_of(day) in within and row["quantity_micros"]:
+                text = f"{row['revision']} {row['quantity_micros']} {reading}\n"
+                lines.setdefault((row["item_id"], ods_code), {}).setdefault(day, []).append(text)
+        return {
+            service: {
+                day: Readings(len(each), hashlib.sha256("".join(sorted(each)).encode()).hexdigest())
+                for day, each in days.items()
+            }
+            for service, days in lines.items()
+        }
+
     def insert_wanted(self, period: int, wanted: Mapping[tuple[str, int], Exact]) -> None:
         self.drawn[period] = {key: whole(Fraction(pence(exact)) * GRAINS) for key, exact in wanted.items()}
 
@@ -488,11 +489,11 @@ class MemorySinks:
 
     ledger: MemoryLedger = field(default_factory=MemoryLedger)
     accruals: MemoryAccruals = field(default_factory=MemoryAccruals)
-    documents: MemoryDocuments = field(default_factory=MemoryDocuments)
     parties: MemoryParties = field(default_factory=MemoryParties)
     tables: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.documents = MemoryDocuments(self.ledger)
         self.claims = MemoryClaims(lambda: not self.ledger.has_usage())
 
     def insert(self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
