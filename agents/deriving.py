@@ -6,6 +6,7 @@ Nothing here is written anywhere.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -108,12 +109,16 @@ class Deriving:
     def derive(self, period: int, cut: Cut) -> Derived:
         """All lines from the first day on, less what was invoiced before."""
         ledger = self._context.ledger
-        changes = Changes(self._context, cut.generation, cut.positions)
-        known = changes.known(ledger.totals_at_cut(cut.generation, cut.positions))
-        derivation = derive(known.book, period)
+        with ThreadPoolExecutor(1) as aside:  # ClickHouse answers while this thread computes
+            usage = aside.submit(ledger.totals_at_cut, cut.generation, cut.positions)
+            before = aside.submit(self._documents.invoiced_before, period)
+            changes = Changes(self._context, cut.generation, cut.positions)
+            known = changes.known(usage.result())
+            derivation = derive(known.book, period)
+            invoiced = before.result()
         known.wanted = derivation.wanted
-        invoiced = self._documents.invoiced_before(period)
         rows, held = invoice(derivation, invoiced, period)
+        derivation.payable.clear()  # all that is not in `rows` was invoiced before, and may be a million amounts
         attested = self._documents.attested([period], cut.generation, cut.offset)[period]
         found = ledger.reported_at_cut(cut.generation, cut.positions, period)
         complete = completeness(attested, found, known.book, period)

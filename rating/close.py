@@ -121,9 +121,12 @@ def invoice(
     longer derived counts as 0.
     """
     rows = {}
-    for key in derived.payable.keys() | invoiced.keys():
-        if difference := derived.payable.get(key, 0) - invoiced.get(key, 0):
+    for key, amount in derived.payable.items():
+        if difference := amount - invoiced.get(key, 0):
             rows[key] = difference
+    for key, amount in invoiced.items():
+        if amount and key not in derived.payable:
+            rows[key] = -amount
     return rows, dict(derived.held)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -153,14 +154,20 @@ class EvidenceStore:
                 }
 
     def insert_evidence(self, period: int, bodies: Iterable[tuple[str, str]]) -> None:
-        """Inserts the evidence of documents, number and JSON, some megabytes at a time."""
+        """Inserts the evidence of documents, number and JSON, some megabytes at a time while the next are made."""
         columns, rows, size = ("period", "number", "body"), [], 0
-        for number, body in bodies:
-            rows.append((month_text(period), number, body))
-            size += len(body)
-            if size > _INSERT_CHARACTERS:
-                self._clickhouse.insert("evidence", columns, rows)
-                rows, size = [], 0
+        with ThreadPoolExecutor(1) as aside:
+            inserted = None
+            for number, body in bodies:
+                rows.append((month_text(period), number, body))
+                size += len(body)
+                if size > _INSERT_CHARACTERS:
+                    if inserted:
+                        inserted.result()
+                    inserted = aside.submit(self._clickhouse.insert, "evidence", columns, rows)
+                    rows, size = [], 0
+            if inserted:
+                inserted.result()
         self._clickhouse.insert("evidence", columns, rows)
 
     def evidence(self, period: int) -> Iterator[tuple[str, str]]:
