@@ -15,7 +15,7 @@ The order of steps for a close, each of which can be repeated with the same resu
    compared with it.  What speaks against the close refuses it, unless the request accepts it: then the cut
    counts no more, nothing was written, and the next request takes another.
 5. That the documents are issued is recorded, with what was found and accepted; from here on nothing refuses.
-   Causes, evidence, rows, documents, statements, then the period itself are inserted.  A crash in between
+   Causes, rows, statements, documents with their evidence, then the period itself are inserted.  A crash in between
    repeats from 4 with the same cut, and the same rows and numbers collapse.
 6. `PeriodClosed` is sent; the broker acknowledges it and the documents.
 """
@@ -26,7 +26,8 @@ import gc
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from decimal import Decimal
 from fractions import Fraction
@@ -49,7 +50,7 @@ from sinks import metrics
 from sinks.accruals import decimal
 from sinks.dead_letters import DeadLetter
 from sinks.documents import Cut, Decision, Documents, Request
-from sinks.evidence import EvidenceStore, sealed
+from sinks.evidence import SOME_CHARACTERS, EvidenceStore, sealed
 from sinks.parties import PartyStore
 from sinks.positions import place_text
 from streams.agent import Agent
@@ -460,13 +461,11 @@ class PeriodClose(Agent):
         text = month_text(period)
         self._evidence.insert_adjustments(period, issue.explained.causes, issue.explained.originals)
         self._evidence.insert_wanted(period, derived.derivation.wanted)
-        self._evidence.insert_evidence(period, self._told(issue, request))
-        self._tell(request, f"{len(documents)} documents and {len(issue.statements)} statements are being written")
         rates = {key: rate for document in documents for key, rate in document.vat_rates_micros.items()}
         self._documents.insert_rows(period, "invoiced", derived.rows, rates)
         self._documents.insert_rows(period, "held", derived.held, {})
-        self._issue(documents)
         self._documents.insert_statements(period, issue.statements)
+        self._issue(period, issue, request)
         held = sum(derived.held.values())
         self._documents.insert_period(period, cut.generation, documents, held, decision.drift_pence)
         totals = {
@@ -485,16 +484,29 @@ class PeriodClose(Agent):
         drift = str(decision.drift_pence)
         log.info("period closed", period=text, documents=len(documents), rows=len(derived.rows), drift=drift)
 
-    def _told(self, issue: Issue, request: Request) -> Iterator[tuple[str, str]]:
-        """The evidence of each document, with word of how far it is."""
-        for number, evidence in enumerate(issue.explained.evidence_of(issue.documents), start=1):
-            self._tell(request, f"evidence: {number} of {len(issue.documents)} documents", often=True)
-            yield evidence
+    def _issue(self, period: int, issue: Issue, request: Request) -> None:
+        """Issues documents with their evidence, some megabytes at a time; meanwhile the next are made."""
+        some: list[tuple[str, str]] = []
+        first = size = 0
+        with ThreadPoolExecutor(1) as aside:
+            issued: Future[None] | None = None
+            for number, evidence in enumerate(issue.explained.evidence_of(issue.documents), start=1):
+                some.append(evidence)
+                size += len(evidence[1])
+                if size > SOME_CHARACTERS or number == len(issue.documents):
+                    if issued is not None:
+                        issued.result()
+                    issued = aside.submit(self._issue_some, period, issue.documents[first:number], some)
+                    self._tell(request, f"{number} of {len(issue.documents)} documents are made", often=True)
+                    some, size, first = [], 0, number
+            if issued is not None:
+                issued.result()
+        self._context.outbox.flush()
 
-    def _issue(self, issued: Sequence[Document]) -> None:
+    def _issue_some(self, period: int, documents: Sequence[Document], evidence: Sequence[tuple[str, str]]) -> None:
         """Writes documents to the ledger and to `invoices`, where the longest go without what makes them long."""
         bodies = []
-        for document in issued:
+        for document in documents:
             body = sealed(document.as_json())
             text = json.dumps(body, separators=(",", ":"))
             bodies.append((document, text))
@@ -503,8 +515,8 @@ class PeriodClose(Agent):
                 text = json.dumps(body | left_out | {"lines_left_out": len(body["lines"])}, separators=(",", ":"))
             value = {"number": document.number, "period": body["period"], "body": text}
             self._context.outbox.send(INVOICES, self._context.codec.encode("Document", value), key=document.number)
+        self._evidence.insert_evidence(period, evidence)
         self._documents.insert_documents(bodies)
-        self._context.outbox.flush()
 
 
 def _place(text: str) -> Place:

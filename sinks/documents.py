@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rating.calendar import month_text, parse_month
@@ -16,7 +15,7 @@ from rating.completeness import Reported
 from rating.documents import Document
 from rating.statements import Statement
 from sinks.clickhouse import ClickHouse
-from sinks.evidence import EvidenceStore, write_evidence
+from sinks.evidence import EvidenceStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,12 +265,31 @@ class Documents:
         )
         return [(number, kind, json.loads(body)) for number, kind, body in rows]
 
-    def write_evidence(self, period: int, folder: Path, name: Callable[[str], str]) -> Iterator[Path]:
-        """Writes the evidence of a closed period's documents, file by file."""
+    def numbers(self, period: int) -> list[str]:
+        """The numbers of the documents that are issued by now: all, once the period is closed."""
+        rows = self._clickhouse.query(
+            "SELECT DISTINCT number FROM documents WHERE period = {period:String} ORDER BY number",
+            {"period": month_text(period)},
+        )
+        return [number for (number,) in rows]
+
+    def issued(self, period: int, numbers: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+        """Some documents: number, JSON and evidence, in the order of their numbers."""
+        rows = self._clickhouse.query(
+            "SELECT number, body FROM documents FINAL WHERE period = {period:String}"
+            " AND number IN {numbers:Array(String)}",
+            {"period": month_text(period), "numbers": numbers},
+        )
+        bodies = dict(rows)
+        for number, evidence in self.evidence.evidence(period, numbers):
+            yield number, bodies.pop(number), evidence
+        assert not bodies, f"without evidence: {bodies.keys()}"
+
+    def readings(self, period: int, items: Iterable[str], months: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """The readings of some items and months that a closed period counted, as interchange values."""
         cut = self.cut(period)
         assert cut is not None, "a closed period has a cut"
-        texts = self.evidence.evidence(period)
-        return write_evidence(texts, self.evidence, cut.generation, cut.positions, folder, name)
+        return self.evidence.readings(cut.generation, cut.positions, items, months)
 
     def insert_statements(self, period: int, statements: Sequence[Statement]) -> None:
         """Inserts statements, remittance advices and the control sheet."""
@@ -281,13 +299,9 @@ class Documents:
         ]
         self._clickhouse.insert("statements", ("period", "kind", "code", "net_pence", "body"), rows)
 
-    def bodies(self, period: int) -> list[str]:
-        """The JSON of a period's documents, in the order of their numbers, then of its statements, as text."""
+    def statements(self, period: int) -> list[str]:
+        """The JSON of a period's statements, as text."""
         rows = self._clickhouse.query(
-            "SELECT body FROM documents FINAL WHERE period = {period:String} ORDER BY number",
-            {"period": month_text(period)},
-        )
-        rows += self._clickhouse.query(
             "SELECT body FROM statements FINAL WHERE period = {period:String} ORDER BY kind, code",
             {"period": month_text(period)},
         )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -48,8 +47,8 @@ FROM ({readings}) GROUP BY ods_code, item_id, day
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: How evidence says that no usage is in it.
 _NO_USAGE = '"usage":[],"usage_months":'
-#: So much evidence is held before it is inserted.
-_INSERT_CHARACTERS = 16_000_000
+#: So much evidence is held at a time.
+SOME_CHARACTERS = 16_000_000
 
 
 class EvidenceStore:
@@ -154,33 +153,21 @@ class EvidenceStore:
                 }
 
     def insert_evidence(self, period: int, bodies: Iterable[tuple[str, str]]) -> None:
-        """Inserts the evidence of documents, number and JSON, some megabytes at a time while the next are made."""
-        columns, rows, size = ("period", "number", "body"), [], 0
-        with ThreadPoolExecutor(1) as aside:
-            inserted = None
-            for number, body in bodies:
-                rows.append((month_text(period), number, body))
-                size += len(body)
-                if size > _INSERT_CHARACTERS:
-                    if inserted:
-                        inserted.result()
-                    inserted = aside.submit(self._clickhouse.insert, "evidence", columns, rows)
-                    rows, size = [], 0
-            if inserted:
-                inserted.result()
-        self._clickhouse.insert("evidence", columns, rows)
+        """Inserts the evidence of documents, number and JSON."""
+        text = month_text(period)
+        self._clickhouse.insert("evidence", ("period", "number", "body"), [(text, *each) for each in bodies])
 
-    def evidence(self, period: int) -> Iterator[tuple[str, str]]:
-        """The evidence of a period's documents: number and JSON, some megabytes at a time."""
+    def evidence(self, period: int, numbers: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """The evidence of some of a period's documents: number and JSON, some megabytes at a time."""
         sizes = self._clickhouse.query(
             "SELECT number, max(length(body)) FROM evidence WHERE period = {period:String}"
-            " GROUP BY number ORDER BY number",
-            {"period": month_text(period)},
+            " AND number IN {numbers:Array(String)} GROUP BY number ORDER BY number",
+            {"period": month_text(period), "numbers": numbers},
         )
         some: list[str] = []
         size = 0
-        for number, length in [*sizes, ("", _INSERT_CHARACTERS)]:
-            if some and size + length > _INSERT_CHARACTERS:
+        for number, length in [*sizes, ("", SOME_CHARACTERS)]:
+            if some and size + length > SOME_CHARACTERS:
                 yield from self._clickhouse.query(
                     "SELECT number, any(body) FROM evidence WHERE period = {period:String}"
                     " AND number IN {numbers:Array(String)} GROUP BY number ORDER BY number",
@@ -213,48 +200,48 @@ def sealed(body: dict[str, Any]) -> dict[str, Any]:
     return {**body, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def write_evidence(
-    texts: Iterable[tuple[str, str]],
-    store: EvidenceStore,
-    generation: int,
-    cut: Positions,
-    folder: Path,
-    name: Callable[[str], str],
-) -> Iterator[Path]:
-    """Writes what documents came from, given as number and JSON, beside them; yields the files as they are whole.
+class EvidenceFiles:
+    """The files of what documents came from, beside them.
 
     `<number>-evidence.json`, and where there is usage `<number>-usage.jsonl`, the readings of the months
     that were billed in the interchange form.  `name` makes a number part of a file name.
     """
-    numbers: dict[Service, list[str]] = {}
-    months: set[int] = set()
-    for number, text in texts:
-        yield write_whole(folder / f"{name(number)}-evidence.json", text.encode())
-        if _NO_USAGE in text:
-            continue
-        evidence = json.loads(text)
-        months |= {parse_month(month) for month in evidence["usage_months"]}
-        for each in evidence["usage"]:
-            numbers.setdefault((each["item_id"], each["ods_code"]), []).append(number)
-    if not (numbers and months):
-        return
-    metered = {number for each in numbers.values() for number in each}
-    paths = {number: folder / f"{name(number)}-usage.jsonl" for number in metered}
-    for path in paths.values():
-        unfinished(path).write_bytes(b"")
-    lines: dict[Path, list[str]] = {}
-    size = 0
-    for reading in store.readings(generation, cut, {item_id for item_id, _ in numbers}, months):
-        line = json.dumps({"topic": "usage", "value": reading}, separators=(",", ":"), ensure_ascii=False) + "\n"
-        for number in numbers.get((reading["item_id"], reading["ods_code"]), ()):
-            lines.setdefault(paths[number], []).append(line)
-            size += len(line)
-        if size > _INSERT_CHARACTERS:
-            _append(lines)
-            size = 0
-    _append(lines)
-    for path in sorted(paths.values()):
-        yield unfinished(path).rename(path)
+
+    def __init__(self, folder: Path, name: Callable[[str], str]) -> None:
+        self._folder, self._name = folder, name
+        self._numbers: dict[Service, list[str]] = {}
+        self._months: set[int] = set()
+
+    def write(self, number: str, text: str) -> Path:
+        """Writes a document's evidence, given as JSON."""
+        if _NO_USAGE not in text:
+            evidence = json.loads(text)
+            self._months |= {parse_month(month) for month in evidence["usage_months"]}
+            for each in evidence["usage"]:
+                self._numbers.setdefault((each["item_id"], each["ods_code"]), []).append(number)
+        return write_whole(self._folder / f"{self._name(number)}-evidence.json", text.encode())
+
+    def write_usage(self, readings: Callable[[set[str], set[int]], Iterable[dict[str, Any]]]) -> Iterator[Path]:
+        """Writes the readings behind all evidence that was written; yields the files as they are whole."""
+        if not (self._numbers and self._months):
+            return
+        metered = {number for each in self._numbers.values() for number in each}
+        paths = {number: self._folder / f"{self._name(number)}-usage.jsonl" for number in metered}
+        for path in paths.values():
+            unfinished(path).write_bytes(b"")
+        lines: dict[Path, list[str]] = {}
+        size = 0
+        for reading in readings({item_id for item_id, _ in self._numbers}, self._months):
+            line = json.dumps({"topic": "usage", "value": reading}, separators=(",", ":"), ensure_ascii=False) + "\n"
+            for number in self._numbers.get((reading["item_id"], reading["ods_code"]), ()):
+                lines.setdefault(paths[number], []).append(line)
+                size += len(line)
+            if size > SOME_CHARACTERS:
+                _append(lines)
+                size = 0
+        _append(lines)
+        for path in sorted(paths.values()):
+            yield unfinished(path).rename(path)
 
 
 def _append(lines: dict[Path, list[str]]) -> None:

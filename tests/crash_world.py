@@ -466,7 +466,7 @@ class World:
     def _check_explained(self, period: int) -> None:
         """Each document's rows come out of its evidence, and each of its adjustments has its cause."""
         rows = self.documents.rows(period, "invoiced")
-        evidence = dict(self.documents.evidence.evidence(period))
+        evidence = dict(self.documents.evidence.evidence(period, self.documents.numbers(period)))
         rederived: dict[Any, int] = {}
         for number, _, body in self.documents.documents(period):
             text = evidence.pop(number)

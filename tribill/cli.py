@@ -9,6 +9,7 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import click
@@ -250,7 +251,7 @@ def close(
     from rating.statements import OutOfBalance
     from sinks.clickhouse import ClickHouse
     from sinks.documents import Documents
-    from sinks.papers.files import write_files
+    from sinks.papers.files import Folder, write_files
     from tribill.closing import CloseRefused, close_and_wait, previous_month
     from tribill.preview import Preview
 
@@ -270,12 +271,16 @@ def close(
             progress.end()
             click.echo("\n".join(shown.lines()))
             return
-        closed = close_and_wait(settings, text, progress, accept=accept, requested_by=caller())
+        close_it = partial(close_and_wait, settings, text, progress, accept=accept, requested_by=caller())
+        if out is None:
+            closed = close_it()
+        else:
+            with Folder(Documents(ClickHouse(settings)), month, out, progress) as folder:
+                closed = close_it(meanwhile=folder.write_issued)
+                folder.finish()
     except (CloseRefused, OutOfBalance, ValueError) as error:
         progress.end()
         raise _Failure(str(error)) from None
-    if out is not None:
-        write_files(Documents(ClickHouse(settings)), month, out, progress)
     progress.end()
     click.echo(closed.summary())
 

@@ -63,12 +63,13 @@ def close_and_wait(
     accept: Sequence[str] = (),
     requested_by: str = "",
     patience_seconds: float = float("inf"),
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> Closed:
     """Asks for the close of a period and returns when its documents are final.
 
     `accept` is what shall not stop it: any of lag, attestations, suspense, drift.  Says what is waited for
     whenever that changes, with what `add` has to add; if that is something, and nothing else changes, for no
-    longer than `patience_seconds`.  Raises CloseRefused.
+    longer than `patience_seconds`.  Does `meanwhile` each time that it has looked.  Raises CloseRefused.
     """
     clickhouse = ClickHouse(settings)
     documents = Documents(clickhouse)
@@ -89,6 +90,7 @@ def close_and_wait(
             said, changed = waits, time.monotonic()
         elif added and time.monotonic() - changed > patience_seconds:
             raise CloseRefused(f"the close of {period} was given up after {patience_seconds:.0f} s: {waits}")
+        meanwhile()
         time.sleep(_POLL_SECONDS)
     [(count, net, held, drift)] = clickhouse.query(
         "SELECT documents, net_pence, held_pence, toString(round(drift_pence, 2)) FROM periods FINAL"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
+from typing import Any
 
 from agents.collector import collector_paused
 from agents.context import Context
@@ -17,7 +17,7 @@ from rating.close import ChargeKey
 from rating.completeness import Completeness
 from sinks.accruals import decimal
 from sinks.documents import Cut, Documents
-from sinks.evidence import EvidenceStore, sealed, write_evidence
+from sinks.evidence import EvidenceStore, sealed
 from sinks.parties import PartyStore
 from sinks.positions import place_text
 from streams.settings import Settings
@@ -129,15 +129,21 @@ class Preview:
         """The rows that would be `invoiced`, or `held`."""
         return self.derived.rows if kind == "invoiced" else self.derived.held
 
-    def bodies(self, period: int) -> list[str]:
-        """The JSON of documents and statements."""
-        for _ in self.issue.explained.evidence_of(self.issue.documents):
-            pass  # a document names its evidence
-        bodies = [sealed(each.as_json()) for each in self.issue.documents]
-        return [json.dumps(body) for body in (*bodies, *(each.body for each in self.issue.statements))]
+    def numbers(self, period: int) -> list[str]:
+        """The numbers of the documents."""
+        return [each.number for each in self.issue.documents]
 
-    def write_evidence(self, period: int, folder: Path, name: Callable[[str], str]) -> Iterator[Path]:
-        """Writes the evidence of the documents, file by file."""
-        texts, cut = self.issue.explained.evidence_of(self.issue.documents), self.cut
+    def issued(self, period: int, numbers: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+        """Some documents: number, JSON and evidence."""
+        documents = {each.number: each for each in self.issue.documents}
+        for number, evidence in self.issue.explained.evidence_of(documents[number] for number in numbers):
+            yield number, json.dumps(sealed(documents[number].as_json())), evidence
+
+    def statements(self, period: int) -> list[str]:
+        """The JSON of the statements."""
+        return [json.dumps(each.body) for each in self.issue.statements]
+
+    def readings(self, period: int, items: Iterable[str], months: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """The readings of some items and months, as interchange values."""
         store = EvidenceStore(self._context.clickhouse)
-        return write_evidence(texts, store, cut.generation, cut.positions, folder, name)
+        return store.readings(self.cut.generation, self.cut.positions, items, months)

@@ -16,21 +16,22 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from rating.calendar import month_text
 from rating.close import CSV_HEADER, ChargeKey, csv_rows
 from rating.statements import CONTROL, PRACTICE
-from sinks.evidence import write_whole
+from sinks.evidence import EvidenceFiles, write_whole
 
 #: From so many papers on it pays to start other processes.
 _MANY = 500
+#: So many documents are asked for at a time.
+_SOME = 1_000
 #: After so many files it is told how far they are.
 _TOLD = 50
 _LINE_COLUMNS = (
@@ -49,51 +50,95 @@ class Source(Protocol):
     def rows(self, period: int, kind: str) -> Mapping[ChargeKey, int]:
         """The `invoiced` or `held` rows."""
 
-    def bodies(self, period: int) -> list[str]:
-        """The JSON of the documents in the order of their numbers, then of the statements."""
+    def numbers(self, period: int) -> list[str]:
+        """The numbers of the documents that are issued by now."""
 
-    def write_evidence(self, period: int, folder: Path, name: Callable[[str], str]) -> Iterator[Path]:
-        """Writes the evidence of the documents, file by file."""
+    def issued(self, period: int, numbers: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+        """Some documents: number, JSON and evidence."""
+
+    def statements(self, period: int) -> list[str]:
+        """The JSON of the statements."""
+
+    def readings(self, period: int, items: Iterable[str], months: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """The readings of some items and months, as interchange values."""
 
 
 def write_files(
     source: Source, period: int, directory: Path, tell: Callable[[str], None] = lambda _: None
 ) -> list[Path]:
-    """Writes all files of a period, and tells how far it is; returns their paths.
+    """Writes all files of a closed period, or of a preview, and tells how far it is; returns their paths."""
+    with Folder(source, period, directory, tell) as folder:
+        return folder.finish()
+
+
+class Folder:
+    """The files of a period.
 
     Each is there whole or not at all; written again after a kill they are the same, byte for byte.
     """
-    folder = directory / month_text(period)
-    (folder / "statements").mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, kind in (("lines.csv", "invoiced"), ("held.csv", "held")):
-        rows = csv_rows(source.rows(period, kind), period)
-        written.append(_write_csv(folder / name, CSV_HEADER, rows))
-    bills: dict[str, list[list[str]]] = {}
-    text, bodies = month_text(period), source.bodies(period)
-    with ExitStack() as stack:
-        papers = _render(partial(write_paper, folder), bodies, stack)
-        # Meanwhile this process writes what they come from.
-        for number, path in enumerate(source.write_evidence(period, folder, safe_name), start=1):
-            written.append(path)
-            if number % _TOLD == 0:
-                tell(f"{text}: {number} files of evidence are written")
-        for number, (paths, payer, bill) in enumerate(papers, start=1):
+
+    def __init__(
+        self, source: Source, period: int, directory: Path, tell: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self._source, self._period, self._tell = source, period, tell
+        self._path = directory / month_text(period)
+        self._evidence = EvidenceFiles(self._path, safe_name)
+        #: What is written or being written, by a document's number or a statement's place.
+        self._papers: dict[str | int, Paper | Future[Paper]] = {}
+        self._written: list[Path] = []
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def write_issued(self) -> bool:
+        """Writes documents that were issued since, each with its evidence; says whether there were any.
+
+        What is issued stays, so that this may be asked before the period is closed.
+        """
+        numbers = self._source.numbers(self._period)
+        new = [number for number in numbers if number not in self._papers][:_SOME]
+        if new:
+            (self._path / "statements").mkdir(parents=True, exist_ok=True)
+            for number, body, evidence in self._source.issued(self._period, new):
+                self._papers[number] = self._write(body, len(numbers))
+                self._written.append(self._evidence.write(number, evidence))
+        return bool(new)
+
+    def finish(self) -> list[Path]:
+        """Writes all that there is not yet of a closed period; returns the paths of all files."""
+        text, written = month_text(self._period), self._written
+        (self._path / "statements").mkdir(parents=True, exist_ok=True)
+        for name, kind in (("lines.csv", "invoiced"), ("held.csv", "held")):
+            rows = csv_rows(self._source.rows(self._period, kind), self._period)
+            written.append(_write_csv(self._path / name, CSV_HEADER, rows))
+        while self.write_issued():
+            self._tell(f"{text}: {len(self._papers)} documents are being written")
+        documents = sorted(number for number in self._papers if isinstance(number, str))
+        statements = self._source.statements(self._period)
+        for place, body in enumerate(statements):
+            self._papers[place] = self._write(body, len(statements))
+        written += self._evidence.write_usage(partial(self._source.readings, self._period))
+        bills: dict[str, list[list[str]]] = {}
+        for count, key in enumerate((*documents, *range(len(statements))), start=1):
+            paper = self._papers[key]
+            paths, payer, bill = paper.result() if isinstance(paper, Future) else paper
             written += paths
             if bill:
                 bills.setdefault(payer, []).extend(bill)
-            if number % _TOLD == 0:
-                tell(f"{text}: {number} of {len(bodies)} papers are written")
-    return written + _write_odoo(folder / "odoo", bills)
+            if count % _TOLD == 0:
+                self._tell(f"{text}: {count} of {len(self._papers)} papers are written")
+        return written + _write_odoo(self._path / "odoo", bills)
 
-
-def _render(write: Callable[[str], Paper], bodies: list[str], stack: ExitStack) -> Iterator[Paper]:
-    """Writes each paper; where there are many, at once and on all processors."""
-    if len(bodies) < _MANY:
-        return map(write, bodies)
-    pool = stack.enter_context(ProcessPoolExecutor(mp_context=get_context("spawn")))
-    # Few at a time: the longest, of the payers that pay most, stand side by side.
-    return pool.map(write, bodies, chunksize=5)
+    def _write(self, body: str, of: int) -> Paper | Future[Paper]:
+        """Writes a paper; where there are many, on all processors."""
+        if self._pool is None and of >= _MANY:
+            self._pool = ProcessPoolExecutor(mp_context=get_context("spawn"))
+        return self._pool.submit(write_paper, self._path, body) if self._pool else write_paper(self._path, body)
 
 
 def write_paper(folder: Path, text: str) -> Paper:

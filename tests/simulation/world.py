@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -63,7 +64,21 @@ def memory_stores() -> Iterator[None]:
         for where, name in _STORES.items():
             stack.enter_context(mock.patch(where, lambda sinks, name=name: getattr(sinks, name)))
         stack.enter_context(mock.patch("agents.period_close.Broker"))
+        for module in ("deriving", "period_close"):
+            stack.enter_context(mock.patch(f"agents.{module}.ThreadPoolExecutor", AtOnce))
         yield
+
+
+class AtOnce(nullcontext[Any]):
+    """As an executor whose threads are always first: a seed decides all."""
+
+    def __init__(self, _threads: int) -> None:
+        super().__init__(self)
+
+    def submit(self, action: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(action(*arguments))
+        return done
 
 
 @dataclass(frozen=True)
