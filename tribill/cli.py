@@ -275,9 +275,9 @@ def close(
         if out is None:
             closed = close_it()
         else:
-            with Folder(Documents(ClickHouse(settings)), month, out, progress) as folder:
+            with Folder(Documents(ClickHouse(settings)), month, out) as folder:
                 closed = close_it(meanwhile=folder.write_issued)
-                folder.finish()
+                folder.finish(progress)
     except (CloseRefused, OutOfBalance, ValueError) as error:
         progress.end()
         raise _Failure(str(error)) from None

@@ -27,11 +27,10 @@ from rating.calendar import month_text
 from rating.close import CSV_HEADER, ChargeKey, csv_rows
 from rating.statements import CONTROL, PRACTICE
 from sinks.evidence import EvidenceFiles, write_whole
+from sinks.ledger import chunks
 
 #: From so many papers on it pays to start other processes.
 _MANY = 500
-#: So many documents are asked for at a time.
-_SOME = 1_000
 #: After so many files it is told how far they are.
 _TOLD = 50
 _LINE_COLUMNS = (
@@ -67,8 +66,8 @@ def write_files(
     source: Source, period: int, directory: Path, tell: Callable[[str], None] = lambda _: None
 ) -> list[Path]:
     """Writes all files of a closed period, or of a preview, and tells how far it is; returns their paths."""
-    with Folder(source, period, directory, tell) as folder:
-        return folder.finish()
+    with Folder(source, period, directory) as folder:
+        return folder.finish(tell)
 
 
 class Folder:
@@ -77,10 +76,8 @@ class Folder:
     Each is there whole or not at all; written again after a kill they are the same, byte for byte.
     """
 
-    def __init__(
-        self, source: Source, period: int, directory: Path, tell: Callable[[str], None] = lambda _: None
-    ) -> None:
-        self._source, self._period, self._tell = source, period, tell
+    def __init__(self, source: Source, period: int, directory: Path) -> None:
+        self._source, self._period = source, period
         self._path = directory / month_text(period)
         self._evidence = EvidenceFiles(self._path, safe_name)
         #: What is written or being written, by a document's number or a statement's place.
@@ -95,33 +92,32 @@ class Folder:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def write_issued(self) -> bool:
-        """Writes documents that were issued since, each with its evidence; says whether there were any.
+    def write_issued(self, tell: Callable[[str], None] = lambda _: None) -> None:
+        """Writes the documents that were issued since, each with its evidence.
 
         What is issued stays, so that this may be asked before the period is closed.
         """
         numbers = self._source.numbers(self._period)
-        new = [number for number in numbers if number not in self._papers][:_SOME]
-        if new:
-            (self._path / "statements").mkdir(parents=True, exist_ok=True)
-            for number, body, evidence in self._source.issued(self._period, new):
+        for some in chunks((number,) for number in numbers if number not in self._papers):
+            self._path.mkdir(parents=True, exist_ok=True)
+            for number, body, evidence in self._source.issued(self._period, [number for (number,) in some]):
                 self._papers[number] = self._write(body, len(numbers))
                 self._written.append(self._evidence.write(number, evidence))
-        return bool(new)
+                if len(self._papers) % _TOLD == 0:
+                    tell(f"{month_text(self._period)}: evidence of {len(self._papers)} documents is written")
 
-    def finish(self) -> list[Path]:
+    def finish(self, tell: Callable[[str], None]) -> list[Path]:
         """Writes all that there is not yet of a closed period; returns the paths of all files."""
         text, written = month_text(self._period), self._written
         (self._path / "statements").mkdir(parents=True, exist_ok=True)
-        for name, kind in (("lines.csv", "invoiced"), ("held.csv", "held")):
-            rows = csv_rows(self._source.rows(self._period, kind), self._period)
-            written.append(_write_csv(self._path / name, CSV_HEADER, rows))
-        while self.write_issued():
-            self._tell(f"{text}: {len(self._papers)} documents are being written")
+        self.write_issued(tell)
         documents = sorted(number for number in self._papers if isinstance(number, str))
         statements = self._source.statements(self._period)
         for place, body in enumerate(statements):
             self._papers[place] = self._write(body, len(statements))
+        for name, kind in (("lines.csv", "invoiced"), ("held.csv", "held")):
+            rows = csv_rows(self._source.rows(self._period, kind), self._period)
+            written.append(_write_csv(self._path / name, CSV_HEADER, rows))
         written += self._evidence.write_usage(partial(self._source.readings, self._period))
         bills: dict[str, list[list[str]]] = {}
         for count, key in enumerate((*documents, *range(len(statements))), start=1):
@@ -131,7 +127,7 @@ class Folder:
             if bill:
                 bills.setdefault(payer, []).extend(bill)
             if count % _TOLD == 0:
-                self._tell(f"{text}: {count} of {len(self._papers)} papers are written")
+                tell(f"{text}: {count} of {len(self._papers)} papers are written")
         return written + _write_odoo(self._path / "odoo", bills)
 
     def _write(self, body: str, of: int) -> Paper | Future[Paper]:
