@@ -128,7 +128,8 @@ class EvidenceStore:
     ) -> dict[Service, dict[int, Readings]]:
         """The number and digest of the readings of some items on each day of some months, at a cut."""
         found: dict[Service, dict[int, Readings]] = {}
-        for statement, parameters in _standing_readings(generation, cut, items, months):
+        for chunk in chunks((each,) for each in sorted(items)):
+            statement, parameters = _standing_readings(generation, cut, chunk, months)
             rows = self._clickhouse.query(_DIGESTS.format(readings=statement), parameters)
             for ods_code, item_id, day, count, digest in rows:
                 found.setdefault((item_id, ods_code), {})[day.toordinal()] = Readings(count, digest)
@@ -138,8 +139,10 @@ class EvidenceStore:
         self, generation: int, cut: Positions, items: Iterable[str], months: Iterable[int]
     ) -> Iterator[dict[str, Any]]:
         """Those readings themselves, as interchange values, by practice, item and day for some items at a time."""
-        for statement, parameters in _standing_readings(generation, cut, items, months):
-            rows = self._clickhouse.stream(f"{statement} ORDER BY ods_code, item_id, day, supplier, id", parameters)
+        for chunk in chunks((each,) for each in sorted(items)):
+            statement, parameters = _standing_readings(generation, cut, chunk, months)
+            statement += " ORDER BY ods_code, item_id, day, supplier, id"
+            rows = self._clickhouse.stream(statement, parameters)
             for ods_code, supplier, reading_id, revision, item_id, _, quantity, at in rows:
                 occurred_at = (_EPOCH + timedelta(microseconds=at)).isoformat().replace("+00:00", "Z")
                 yield {
@@ -179,14 +182,13 @@ class EvidenceStore:
 
 
 def _standing_readings(
-    generation: int, cut: Positions, items: Iterable[str], months: Iterable[int]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The statement and parameters of some items at a time."""
-    statement = _STANDING_READINGS.format(condition=at_cut("concat(topic, '/', toString(partition))"))
-    numbers = [month // 12 * 100 + month % 12 + 1 for month in sorted(months)]
-    for chunk in chunks((each,) for each in sorted(items)):
-        some = {"items": [item_id for (item_id,) in chunk], "months": numbers}
-        yield statement, cut_parameters(generation, cut) | some
+    generation: int, cut: Positions, items: Sequence[tuple[str, ...]], months: Iterable[int]
+) -> tuple[str, dict[str, Any]]:
+    parameters = cut_parameters(generation, cut) | {
+        "items": [item_id for (item_id,) in items],
+        "months": [month // 12 * 100 + month % 12 + 1 for month in sorted(months)],
+    }
+    return _STANDING_READINGS.format(condition=at_cut("concat(topic, '/', toString(partition))")), parameters
 
 
 def evidence_text(evidence: Mapping[str, Any]) -> str:

@@ -41,6 +41,7 @@ _LINE_COLUMNS = (
 
 #: A paper's files, and its bill for the payer's Odoo, if it is one.
 Paper = tuple[list[Path], str, list[list[str]]]
+Papers = list[Paper]
 
 
 class Source(Protocol):
@@ -80,8 +81,8 @@ class Folder:
         self._source, self._period = source, period
         self._path = directory / month_text(period)
         self._evidence = EvidenceFiles(self._path, safe_name)
-        #: What is written or being written, by a document's number or a statement's place.
-        self._papers: dict[str | int, Paper | Future[Paper]] = {}
+        #: What is written or being written: a document by its number, some statements by their place.
+        self._papers: dict[str | int, Papers | Future[Papers]] = {}
         self._written: list[Path] = []
         self._pool: ProcessPoolExecutor | None = None
 
@@ -101,7 +102,7 @@ class Folder:
         for some in chunks((number,) for number in numbers if number not in self._papers):
             self._path.mkdir(parents=True, exist_ok=True)
             for number, body, evidence in self._source.issued(self._period, [number for (number,) in some]):
-                self._papers[number] = self._write(body, len(numbers))
+                self._papers[number] = self._write([body], len(numbers))
                 self._written.append(self._evidence.write(number, evidence))
                 if len(self._papers) % _TOLD == 0:
                     tell(f"{month_text(self._period)}: evidence of {len(self._papers)} documents is written")
@@ -113,28 +114,32 @@ class Folder:
         self.write_issued(tell)
         documents = sorted(number for number in self._papers if isinstance(number, str))
         statements = self._source.statements(self._period)
-        for place, body in enumerate(statements):
-            self._papers[place] = self._write(body, len(statements))
+        some = [statements[start : start + _TOLD] for start in range(0, len(statements), _TOLD)]
+        self._papers |= {place: self._write(bodies, len(statements)) for place, bodies in enumerate(some)}
         for name, kind in (("lines.csv", "invoiced"), ("held.csv", "held")):
             rows = csv_rows(self._source.rows(self._period, kind), self._period)
             written.append(_write_csv(self._path / name, CSV_HEADER, rows))
         written += self._evidence.write_usage(partial(self._source.readings, self._period))
         bills: dict[str, list[list[str]]] = {}
-        for count, key in enumerate((*documents, *range(len(statements))), start=1):
-            paper = self._papers[key]
-            paths, payer, bill = paper.result() if isinstance(paper, Future) else paper
-            written += paths
-            if bill:
-                bills.setdefault(payer, []).extend(bill)
-            if count % _TOLD == 0:
-                tell(f"{text}: {count} of {len(self._papers)} papers are written")
+        for key in (*documents, *range(len(some))):
+            papers = self._papers[key]
+            for paths, payer, bill in papers.result() if isinstance(papers, Future) else papers:
+                written += paths
+                if bill:
+                    bills.setdefault(payer, []).extend(bill)
+            tell(f"{text}: {len(written)} files are written")
         return written + _write_odoo(self._path / "odoo", bills)
 
-    def _write(self, body: str, of: int) -> Paper | Future[Paper]:
-        """Writes a paper; where there are many, on all processors."""
+    def _write(self, bodies: list[str], of: int) -> Papers | Future[Papers]:
+        """Writes papers; where there are many, on all processors."""
         if self._pool is None and of >= _MANY:
             self._pool = ProcessPoolExecutor(mp_context=get_context("spawn"))
-        return self._pool.submit(write_paper, self._path, body) if self._pool else write_paper(self._path, body)
+        return self._pool.submit(write_papers, self._path, bodies) if self._pool else write_papers(self._path, bodies)
+
+
+def write_papers(folder: Path, texts: Iterable[str]) -> Papers:
+    """Writes documents or statements, given as JSON, in their forms."""
+    return [write_paper(folder, text) for text in texts]
 
 
 def write_paper(folder: Path, text: str) -> Paper:
