@@ -66,6 +66,8 @@ STUCK_SECONDS = 300
 LOOK_SECONDS = 5.0
 #: So many new objects make the collector look for cycles; several fetches' records stay below.
 _GARBAGE_OBJECTS = 200_000
+#: What a worker ends with that has met a bug.
+BUG_EXIT = 70
 #: What a worker ends with that cannot hand out partitions; started again it can.
 UNSEEN_EXIT = 75
 
@@ -233,10 +235,11 @@ class Worker:
                     metrics.SINK_RETRIES.labels(self.agent.role, _sink(error)).inc()
                     log.warning("sink failed, trying again", error=str(error)[:300], attempt=attempt, wait=wait)
                     await asyncio.sleep(wait)
-                except Exception:
-                    log.exception("a bug: the batch is not acknowledged and the worker ends")
-                    await self.app.crash(SystemExit(70))
+                except asyncio.CancelledError:
                     raise
+                except BaseException:  # what Polars panics with is no Exception
+                    log.exception("a bug: the batch is not acknowledged and the worker ends")
+                    os._exit(BUG_EXIT)  # amid a rebalance Faust's own end may never come, and it would say it is ready
                 if tp not in _assignment(self.app):
                     log.warning("the partition was taken away: its next owner does the batch")
                     lane.in_hand_since = None

@@ -1,7 +1,8 @@
 """A worker for tests of the transport: writes down what it was handed, and can be slow or stand still.
 
 `python -m tests.recording_worker FILE TOPIC` with the settings in the environment.  Each batch is a line
-in FILE when its agent takes it and another when it is done.  While FILE.hold exists a batch stays in hand.
+in FILE when its agent takes it and another when it is done.  While FILE.hold exists a batch stays in hand;
+if FILE.bug exists its agent meets a bug.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from streams.settings import Settings
 from streams.worker import Worker
 
 
+class _Panic(BaseException):
+    """What Polars panics with is no Exception either."""
+
+
 class Recorder(Agent):
     """Writes down what it is handed."""
 
@@ -29,6 +34,7 @@ class Recorder(Agent):
         self._file = file
         self._topic = topic
         self._hold = file.with_suffix(".hold")
+        self._bug = file.with_suffix(".bug")
 
     def topics(self) -> Sequence[str]:
         """The one topic."""
@@ -39,6 +45,8 @@ class Recorder(Agent):
         self._write("taken", batch)
         while self._hold.exists():
             time.sleep(0.02)
+        if self._bug.exists():
+            raise _Panic("on purpose")
         self._write("done", batch)
 
     def _write(self, what: str, batch: Batch) -> None:

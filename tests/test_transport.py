@@ -26,6 +26,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from streams.settings import Settings
 from streams.topics import Broker
 from streams.transport import REST_SECONDS, _Fetcher
+from streams.worker import BUG_EXIT
 from tests.kafka.broker import JARS, kafka
 from tribill.embedded import broker as tansu
 from tribill.embedded.process import free_port
@@ -150,6 +151,19 @@ def test_a_kill_before_the_end_of_a_batch(address: str, tmp_path: Path) -> None:
         first.kill()
         first.wait(10)
         made.hold.unlink()
+        made.start()
+        wait(lambda: sorted(made.done()) == list(range(200)) and made.is_committed())
+
+
+def test_a_bug_ends_the_worker(address: str, tmp_path: Path) -> None:
+    """And acknowledges nothing: the next one does the batch."""
+    with bench(address, tmp_path) as made:
+        bug = made.file.with_suffix(".bug")
+        bug.touch()
+        made.send(0, 200)
+        assert made.start().wait(120) == BUG_EXIT
+        assert set(made.committed().values()) == {0}
+        bug.unlink()
         made.start()
         wait(lambda: sorted(made.done()) == list(range(200)) and made.is_committed())
 
