@@ -8,6 +8,9 @@ CHAOS = TRIBILL_KAFKA_JARS=$(KAFKA_JARS) $(BIN)/python -m chaos $(if $(SEED),--s
 TESTS_AT_A_TIME ?= 3
 PLANTS = claim-without-position commit-before-insert commit-before-totals delta-instead-of-total no-fencing
 
+# Where it is set every process of ours would compile all it imports again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup demo test simulate fuzz lint lock bench bench-latency bench-growth bench-scaling bench-rating bench-publication bench-close bench-recovery pictures chaos chaos-control clean
 
 help:

@@ -24,7 +24,7 @@ class LedgerUnavailable(Exception):
 
 
 class ClickHouse:
-    """One connection; used by one thread at a time."""
+    """A connection, or one more while another thread uses it: the client keeps a pool and no session."""
 
     def __init__(self, settings: Settings) -> None:
         url = urlsplit(settings.clickhouse)
@@ -101,12 +101,12 @@ class ClickHouse:
 
     def _call(self, name: str, *arguments: Any, database: str | None = None, **options: Any) -> Any:
         try:
-            if self._client is None or database is not None:
-                client = self._connect(self.database if database is None else "default")
-                if database is not None:
-                    return getattr(client, name)(*arguments, **options)
-                self._client = client
-            return getattr(self._client, name)(*arguments, **options)
+            if database is not None:
+                return getattr(self._connect("default"), name)(*arguments, **options)
+            client = self._client
+            if client is None:
+                client = self._client = self._connect(self.database)
+            return getattr(client, name)(*arguments, **options)
         except DatabaseError as error:
             self._client = None
             raise LedgerUnavailable(str(error)) from error

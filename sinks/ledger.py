@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 import polars as pl
 import pyarrow as pa
 
-from rating.amounts import micros_text
 from rating.book import Service
 from rating.completeness import Reported
-from rating.evidence import Readings
 from sinks.clickhouse import ClickHouse
 from sinks.positions import Positions, at_cut, cut_parameters
 from streams.topics import CONTRACT_CHANGES, REFERENCE_CHANGES, USAGE_ACCEPTED
@@ -76,32 +74,6 @@ SELECT ods_code, item_id, day, sum(quantity_micros) FROM (
     )
 )
 GROUP BY ods_code, item_id, day
-"""
-#: The readings that stand of some items on days of some months, those of quantity 0 left out.
-_STANDING_READINGS = """
-SELECT ods_code, toString(supplier_id) AS supplier, id, latest, content.1 AS item_id, content.2 AS day,
-       content.3 AS quantity_micros, content.4 AS occurred_at_us
-FROM (
-    SELECT ods_code, supplier_id, id, max(revision) AS latest, argMax(content, revision) AS content
-    FROM (
-        SELECT ods_code, supplier_id, id, revision,
-               argMin((toString(item_id), toInt32(day), quantity_micros, toUnixTimestamp64Micro(occurred_at)),
-                      (generation, broker_timestamp_ms, topic, partition, offset, `index`)) AS content
-        FROM usage
-        WHERE {condition}
-        GROUP BY ods_code, supplier_id, id, revision
-    )
-    GROUP BY ods_code, supplier_id, id
-)
-WHERE content.1 IN {{items:Array(String)}} AND content.3 > 0
-  AND toYYYYMM(addDays(toDate32('1970-01-01'), content.2)) IN {{months:Array(UInt32)}}
-"""
-#: How many they are by day, and their digest (docs/verification.md).
-_DIGESTS = """
-SELECT ods_code, item_id, day, count(),
-       lower(hex(SHA256(arrayStringConcat(arraySort(groupArray(
-           concat(toString(latest), ' ', toString(quantity_micros), ' ', id, '\\n')))))))
-FROM ({readings}) GROUP BY ods_code, item_id, day
 """
 #: Behind it: of some months alone, each counted as elsewhere here (year x 12 + month - 1).
 _OF_MONTHS = " HAVING toYear(toDate32(day)) * 12 + toMonth(toDate32(day)) - 1 IN {months:Array(Int32)}"
@@ -210,15 +182,14 @@ class Ledger:
         Of all practices whose codes begin with one of `alike`.
         """
         totals = {}
-        for start in range(0, len(alike), 100):
-            some = alike[start : start + 100]
-            parameters: dict[str, Any] = {f"alike{number}": each for number, each in enumerate(some)}
-            # Each by itself, for so the index is used.
-            practices = " OR ".join(f"startsWith(ods_code, {{{name}:String}})" for name in parameters)
-            parameters |= {"months": list(months), "generation": generation, "before": accepted_before}
-            condition = f"""({practices})
-                AND (generation < {{generation:UInt32}}
-                     OR generation = {{generation:UInt32}} AND accepted_offset < {{before:Int64}})"""
+        # Each by itself, for so the index is used; where there are fewer, the last ones are one.
+        practices = " OR ".join(f"startsWith(ods_code, {{alike:Array(String)}}[{place}])" for place in "12345678")
+        condition = f"""({practices})
+            AND (generation < {{generation:UInt32}}
+                 OR generation = {{generation:UInt32}} AND accepted_offset < {{before:Int64}})"""
+        for start in range(0, len(alike), 8):
+            some = [*alike[start : start + 8], *[alike[-1]] * 7][:8]
+            parameters = {"alike": some, "months": list(months), "generation": generation, "before": accepted_before}
             for ods_code, item_id, day, quantity in self._totals(condition, parameters, _OF_MONTHS):
                 totals[ods_code, item_id, day] = quantity
         return totals
@@ -289,38 +260,6 @@ class Ledger:
             """  # noqa: S608  # two statements of ours
         rows = self._clickhouse.query(statement, {"ods_code": ods_code, "item_id": item_id})
         return _by_service((code, item, day + _EPOCH_ORDINAL, quantity) for code, item, day, quantity in rows)
-
-    def digests_at_cut(
-        self, generation: int, cut: Positions, items: Iterable[str], months: Iterable[int]
-    ) -> dict[Service, dict[int, Readings]]:
-        """The number and digest of the readings of some items on each day of some months, at a cut."""
-        found: dict[Service, dict[int, Readings]] = {}
-        for chunk in chunks((each,) for each in sorted(items)):
-            statement, parameters = _standing_readings(generation, cut, chunk, months)
-            rows = self._clickhouse.query(_DIGESTS.format(readings=statement), parameters)
-            for ods_code, item_id, day, count, digest in rows:
-                found.setdefault((item_id, ods_code), {})[day + _EPOCH_ORDINAL] = Readings(count, digest)
-        return found
-
-    def readings_at_cut(
-        self, generation: int, cut: Positions, items: Iterable[str], months: Iterable[int]
-    ) -> Iterator[dict[str, Any]]:
-        """Those readings themselves, as interchange values, by practice, item and day for some items at a time."""
-        for chunk in chunks((each,) for each in sorted(items)):
-            statement, parameters = _standing_readings(generation, cut, chunk, months)
-            statement += " ORDER BY ods_code, item_id, day, supplier, id"
-            rows = self._clickhouse.stream(statement, parameters)
-            for ods_code, supplier, reading_id, revision, item_id, _, quantity, at in rows:
-                occurred_at = (_EPOCH + timedelta(microseconds=at)).isoformat().replace("+00:00", "Z")
-                yield {
-                    "id": reading_id,
-                    "revision": revision,
-                    "supplier_id": supplier,
-                    "ods_code": ods_code,
-                    "item_id": item_id,
-                    "quantity": micros_text(quantity),
-                    "occurred_at": occurred_at,
-                }
 
     def reported_at_cut(self, generation: int, cut: Positions, month: int) -> dict[str, Reported]:
         """What each supplier has reported for a month, at a cut of the input topics."""
@@ -509,17 +448,6 @@ class Ledger:
             {"generation": generation, "partitions": partitions},
         )
         return self.positions_seen(generation) | {str(place): int(end) for place, end in rows}
-
-
-def _standing_readings(
-    generation: int, cut: Positions, items: Sequence[tuple[str, ...]], months: Iterable[int]
-) -> tuple[str, dict[str, Any]]:
-    condition = at_cut("concat(topic, '/', toString(partition))")
-    parameters = cut_parameters(generation, cut) | {
-        "items": [item_id for (item_id,) in items],
-        "months": [_month_number(month) for month in sorted(months)],
-    }
-    return _STANDING_READINGS.format(condition=condition), parameters
 
 
 def _month_number(month: int) -> int:
