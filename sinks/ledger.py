@@ -57,14 +57,15 @@ FROM (
 GROUP BY ods_code, item_id, day
 """
 #: The same of a large part of the ledger, at a third of the cost: the few identities that were said more than
-#: once, known by a hash, are judged by themselves (so are others of the same hash), all else is added up.
+#: once, known by a hash, are judged by themselves (so are others of the same hash), all else is added up.  A
+#: revision may name another item than the one before it, so of some items is only what stands in the end.
 _STANDING_TOTALS_OF_MUCH = """
 WITH again AS (
     SELECT sipHash64(ods_code, supplier_id, id) AS hash FROM usage WHERE {condition} GROUP BY hash HAVING count() > 1
 )
 SELECT ods_code, item_id, day, sum(quantity_micros) FROM (
     SELECT ods_code, toString(item_id) AS item_id, toInt32(day) AS day, toInt256(quantity_micros) AS quantity_micros
-    FROM usage WHERE {condition} AND sipHash64(ods_code, supplier_id, id) NOT IN again
+    FROM usage WHERE {condition} AND {items} AND sipHash64(ods_code, supplier_id, id) NOT IN again
     UNION ALL SELECT ods_code, content.1, content.2, toInt256(content.3) FROM (
         SELECT ods_code,
                argMin((toString(item_id), toInt32(day), quantity_micros),
@@ -73,6 +74,7 @@ SELECT ods_code, item_id, day, sum(quantity_micros) FROM (
         GROUP BY ods_code, supplier_id, id
     )
 )
+WHERE {items}
 GROUP BY ods_code, item_id, day
 """
 #: Behind it: of some months alone, each counted as elsewhere here (year x 12 + month - 1).
@@ -209,15 +211,18 @@ class Ledger:
         found: dict[Service, dict[int, int]] = {}
         for chunk in chunks((each,) for each in items):
             some = parameters | {"items": [each for (each,) in chunk]}
-            found |= self._totals_of_much(f"item_id IN {{items:Array(String)}} AND {condition}", some)
+            found |= self._totals_of_much(condition, some, "item_id IN {items:Array(String)}")
         return found
 
     def totals_at_cut(self, generation: int, cut: Positions) -> dict[Service, dict[int, int]]:
         """Day totals by (item, practice) and day, at a cut of the input topics."""
         return self._totals_of_much(at_cut("concat(topic, '/', toString(partition))"), cut_parameters(generation, cut))
 
-    def _totals_of_much(self, condition: str, parameters: Mapping[str, Any]) -> dict[Service, dict[int, int]]:
-        rows = self._clickhouse.query(_STANDING_TOTALS_OF_MUCH.format(condition=condition), parameters)
+    def _totals_of_much(
+        self, condition: str, parameters: Mapping[str, Any], items: str = "1"
+    ) -> dict[Service, dict[int, int]]:
+        statement = _STANDING_TOTALS_OF_MUCH.format(condition=condition, items=items)
+        rows = self._clickhouse.query(statement, parameters)
         return _by_service((code, item, day + _EPOCH_ORDINAL, quantity) for code, item, day, quantity in rows)
 
     def days_said(self, services: Collection[Service], first: int, end: int) -> list[tuple[str, str, int]]:
@@ -243,10 +248,7 @@ class Ledger:
 
     def totals_not_counted(self, ods_code: str = "", item_id: str = "") -> dict[Service, dict[int, int]]:
         """Day totals of the items at practices of which the accruals count less; of one practice or item if named."""
-        condition = (
-            "({ods_code:String} = '' OR ods_code = {ods_code:String}) AND "
-            "({item_id:String} = '' OR item_id = {item_id:String})"
-        )
+        condition = "({ods_code:String} = '' OR ods_code = {ods_code:String})"
         statement = f"""
             SELECT ods_code, item_id, day, quantity_micros FROM (
                 SELECT *, sum(quantity_micros) OVER (PARTITION BY ods_code, item_id) AS whole
@@ -256,7 +258,7 @@ class Ledger:
                 SELECT ods_code, toString(item_id) AS item_id, sum(toInt256(quantity_micros)) AS counted
                 FROM accruals FINAL GROUP BY ods_code, item_id
             ) AS taken USING (ods_code, item_id)
-            WHERE whole > counted
+            WHERE whole > counted AND ({{item_id:String}} = '' OR item_id = {{item_id:String}})
             """  # noqa: S608  # two statements of ours
         rows = self._clickhouse.query(statement, {"ods_code": ods_code, "item_id": item_id})
         return _by_service((code, item, day + _EPOCH_ORDINAL, quantity) for code, item, day, quantity in rows)
