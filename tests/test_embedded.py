@@ -26,7 +26,7 @@ import redis as redis_client
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from clickhouse_connect.driver.exceptions import DatabaseError, StreamFailureError
 
-from tribill.embedded import clickhouse_server, log_generation
+from tribill.embedded import clickhouse_server, log_generation, process
 from tribill.embedded.process import Process, ProcessFailed, free_port
 from tribill.embedded.stack import DirectoryInUse, EmbeddedStack
 
@@ -413,6 +413,21 @@ def test_ping_answers_while_statements_are_slow(ledger: str) -> None:
             assert answer.read() == b"Ok.\n"
         assert time.monotonic() - started < 0.5
         list(running)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has sockets with such names")
+def test_a_port_is_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two parts, or two installations that start at once, would be given the same one now and then."""
+    monkeypatch.setattr(process, "_PORTS", range(20_000, 20_200))
+    ours = {free_port() for _ in range(20)}
+    assert len(ours) == 20
+    ask = (
+        "from tribill.embedded import process; process._PORTS = range(20_000, 20_200);"
+        "print([process.free_port() for _ in range(20)])"
+    )
+    theirs = json.loads(subprocess.run([sys.executable, "-c", ask], capture_output=True, check=True, cwd=ROOT).stdout)
+    assert len(set(theirs)) == 20
+    assert not ours & set(theirs)
 
 
 def test_requests_are_bounded_and_local(tmp_path: Path) -> None:

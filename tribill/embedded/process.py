@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,9 @@ _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 # Below the range from which kernels take the ports of outgoing connections (Linux 32768, others 49152): a
 # part that is restarted finds its port still free.
 _PORTS = range(20_000, 32_000)
+#: Between a port's choice and its use is a second or more: the last ports chosen here, each a socket of its name.
+_CHOSEN_AT_MOST = 64
+_chosen: deque[socket.socket] = deque()
 
 
 class ProcessFailed(RuntimeError):
@@ -50,9 +54,7 @@ class Process:
         inherit: Sequence[int] = (),
     ) -> None:
         if threading.current_thread() is not threading.main_thread():
-            raise RuntimeError(
-                f"start {name} from the main thread: it would die with the thread that starts it"
-            )
+            raise RuntimeError(f"start {name} from the main thread: it would die with the thread that starts it")
         self.name = name
         self.log = directory / "log" / f"{name}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -136,14 +138,23 @@ def exit_with_parent() -> None:
 
 
 def free_port() -> int:
-    """A TCP port on 127.0.0.1 that nobody listens on now. Another program may take it before you do."""
-    for port in random.SystemRandom().sample(
-        _PORTS, 100
-    ):  # a seeded test run must not choose the same ports again
+    """A TCP port on 127.0.0.1 that nobody listens on now, and that no program of ours is about to take.
+
+    A program of somebody else may take it before you do.
+    """
+    # A seeded test run must not choose the same ports again.
+    for port in random.SystemRandom().sample(_PORTS, 100):
+        chosen = socket.socket(socket.AF_UNIX)
         with socket.socket() as probe:
             try:
+                if sys.platform == "linux":  # only there are names that nobody sees and that end with their owner
+                    chosen.bind(f"\0tribill-port-{port}")
                 probe.bind(("127.0.0.1", port))
             except OSError:
+                chosen.close()
                 continue
-            return port
+        _chosen.append(chosen)
+        if len(_chosen) > _CHOSEN_AT_MOST:
+            _chosen.popleft().close()
+        return port
     raise OSError("no free TCP port between 20000 and 32000 on 127.0.0.1")
