@@ -3,7 +3,7 @@
 `python -m bench.latency` places orders for the messages of every practice (of twenty products), then
 sends `Usage` records at a steady rate through the whole path: intake, usage and charges agents, to the
 row in `accruals`.
-The practices of one order are watched: their rows are read every 100 ms, and since their quantities
+The practices of one order are watched: their rows are read every 200 ms, and since their quantities
 only grow, each reading that has become visible is known.  Its latency is from just before it was
 handed to the producer until the answer was there.  The first five seconds of a rate are not counted.
 Prints p50, p99 and the longest; writes bench/results/latency.json.
@@ -28,7 +28,7 @@ from tribill.interchange import Publisher
 
 ROLES = ("intake", "usage", "charges")
 WARM_SECONDS = 5
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.2
 PRACTICES_AN_ORDER = 65
 WATCHED = "C000000"
 _SEEN = """

@@ -31,7 +31,7 @@ _NONE = TP("", -1)
 #: A partition of which fewer bytes than this were handed over is not asked for again for so long: what a batch
 #: costs whatever is in it would otherwise keep everything busy with batches of a few records.
 _FEW_BYTES = 256 * 1024
-REST_SECONDS = 0.25
+REST_SECONDS = 0.4
 #: A broker that is not asked for a partition, for records of it wait here, answers after so long.
 _SOON_MS = 50
 
