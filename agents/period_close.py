@@ -376,6 +376,8 @@ class PeriodClose(Agent):
         """
         nothing = TOTALS_SCHEMA.empty_table()
         for (_, partition), end in done.items():
+            if not end:
+                continue  # nothing was ever accepted there
             block = totals_block(nothing, self._generation, partition, end, last=True)
             for target in range(self._context.settings.partitions):
                 self._context.outbox.send(CHARGE_INPUTS, block, partition=target)
