@@ -107,8 +107,8 @@ class _Fetcher(fetcher.Fetcher):  # type: ignore[misc]
         awake = SimpleNamespace(tps=[tp for tp, rest in rests.items() if rest <= 0], state_value=assignment.state_value)
         soonest = min((rest for rest in rests.values() if rest > 0), default=self._patience_ms / 1000)
         self._fetch_max_wait_ms = min(math.ceil(soonest * 1000), _SOON_MS if self._records else self._patience_ms)
-        requests, resets, seconds, *rest = super()._get_actions_per_node(awake)
-        return requests, resets, min(seconds, soonest), *rest
+        requests, resets, seconds, *others = super()._get_actions_per_node(awake)
+        return requests, resets, min(seconds, soonest), *others
 
 
 fetcher.PartitionRecords, fetcher.FetchResult, consumer.Fetcher = _Records, _Fetched, _Fetcher
@@ -137,9 +137,14 @@ class _Thread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]  # faust is 
         self.thread_loop.call_soon_threadsafe(notify)
 
     def highwater(self, tp: TP) -> int | None:
-        """Where a partition ends for us: what lies behind the beginning of an open transaction can't be read yet."""
-        end: int | None = self._ensure_consumer().last_stable_offset(tp)
-        return end
+        """Where a partition ends for us: what lies behind the beginning of an open transaction can't be read yet.
+
+        None: it is not known yet, or the partition was taken away meanwhile, in the other thread.
+        """
+        subscription = self._ensure_consumer()._subscription.subscription
+        assignment = subscription and subscription.assignment
+        state = assignment and assignment.state_value(tp)
+        return state.lso if state else None
 
 
 class Consumer(driver.Consumer):  # type: ignore[misc]  # faust is untyped
@@ -158,7 +163,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]  # faust is untyped
     def finish(self, tp: TP, end_offset: int) -> None:
         """Says that all records of a partition before an offset are done; `commit` tells the broker."""
         self._done[tp] = self._finished[tp] = end_offset
-        if not self._is_in_hand(tp):
+        if self.flow_active and not self._is_in_hand(tp):
             self._wanted.add(tp)
             self._thread.wake()
 
@@ -174,19 +179,22 @@ class Consumer(driver.Consumer):  # type: ignore[misc]  # faust is untyped
         """See on_buffer_full."""
 
     async def on_partitions_revoked(self, revoked: set[TP]) -> None:
-        """What was done but not committed is its next owner's to read again."""
-        self._forget(revoked)
+        """What was done but not committed is its next owner's to read again.
+
+        Whoever waits for records is given none any more: Faust would drop them, and nobody would miss them.
+        """
+        self._wanted &= {_NONE}
+        self._forget()
         await super().on_partitions_revoked(revoked)
 
-    async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
-        """What was handed over before comes again."""
-        self._forget(assigned)
-        await super().on_partitions_assigned(assigned, generation_id)
+    async def perform_seek(self) -> None:
+        """What was handed over before and not committed comes again, whatever became of it meanwhile."""
+        await super().perform_seek()
+        self._forget()
 
-    def _forget(self, partitions: set[TP]) -> None:
-        for tp in partitions:
-            for known in (self._handed, self._done, self._finished):
-                known.pop(tp, None)
+    def _forget(self) -> None:
+        for known in (self._handed, self._done, self._finished):
+            known.clear()
 
     def _new_consumer_thread(self) -> _Thread:
         return _Thread(self, loop=self.loop, beacon=self.beacon)

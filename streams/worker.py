@@ -11,7 +11,8 @@ The order of steps for every batch, and what is left when each fails:
 2. The batch is acknowledged.  If the process dies before, the batch is read again.
 3. The offset is committed.  If that fails, the batch is read again: the same as 2.
 
-An error that is not a sink's is a bug: the process ends, says so, and nothing is acknowledged.
+An error that is not a sink's is a bug: the process ends, says so, and nothing is acknowledged.  It ends at once:
+Faust's own end may never come amid a rebalance, and until then the worker would hold its partitions and do nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 import faust
 import prometheus_client
 import structlog
-from aiokafka.errors import IllegalStateError
+from aiokafka.errors import IllegalStateError, KafkaError
 from clickhouse_connect.driver.exceptions import OperationalError
 from confluent_kafka import KafkaException
 from faust.assignor.partition_assignor import PartitionAssignor
@@ -68,8 +69,8 @@ LOOK_SECONDS = 5.0
 _GARBAGE_OBJECTS = 200_000
 #: What a worker ends with that has met a bug.
 BUG_EXIT = 70
-#: What a worker ends with that cannot hand out partitions; started again it can.
-UNSEEN_EXIT = 75
+#: What a worker ends with whose client of the broker has failed; started again it can go on.
+BROKEN_EXIT = 75
 
 
 class _Assignor(PartitionAssignor):  # type: ignore[misc]
@@ -83,7 +84,7 @@ class _Assignor(PartitionAssignor):  # type: ignore[misc]
     def _get_copartitioned_groups(cls, topics: set[str], cluster: Any, subscriptions: Any) -> Any:
         if missing := sorted(topic for topic in topics if not cluster.partitions_for_topic(topic)):
             log.error("the broker does not show topics that were there: the worker ends", topics=missing)
-            os._exit(UNSEEN_EXIT)  # an error raised here would leave the consumer waiting for ever
+            os._exit(BROKEN_EXIT)  # an error raised here would leave the consumer waiting for ever
         return super()._get_copartitioned_groups(topics, cluster, subscriptions)
 
 
@@ -99,6 +100,12 @@ class _App(faust.App):  # type: ignore[misc]  # faust is untyped
         until = time.monotonic() + float(self.conf.broker_session_timeout) / 3
         while self.is_busy() and time.monotonic() < until:
             await asyncio.sleep(0.01)
+
+    def _crash(self, reason: BaseException) -> None:
+        """Whichever service fails, it is told here (and has said why)."""
+        if not self.should_stop:
+            os._exit(BROKEN_EXIT if isinstance(reason, KafkaError) else BUG_EXIT)
+        super()._crash(reason)
 
     def _new_transport(self) -> Any:
         return Transport(self.conf.broker_consumer, self)
@@ -210,40 +217,41 @@ class Worker:
             event = await lane.waiting.get()
             # Faust skips what it fetched before a rebalance; so is what has waited here: it is fetched again.
             if event.message.generation_id == self.app.consumer_generation_id:
-                await self._do(lane, event)
+                batch = Batch(event.message.topic, event.message.partition, event.message.value)
+                with structlog.contextvars.bound_contextvars(
+                    agent=self.agent.role, topic=batch.topic, partition=batch.partition, offset=batch.first_offset
+                ):
+                    try:
+                        await self._do(lane, batch, event)
+                    except asyncio.CancelledError:
+                        raise
+                    except BaseException:  # what Polars panics with is no Exception
+                        log.exception("a bug: the batch is not acknowledged and the worker ends")
+                        os._exit(BUG_EXIT)
 
-    async def _do(self, lane: _Lane, event: Any) -> None:
-        message = event.message
-        batch, tp = Batch(message.topic, message.partition, message.value), TP(message.topic, message.partition)
+    async def _do(self, lane: _Lane, batch: Batch, event: Any) -> None:
+        tp = TP(batch.topic, batch.partition)
         lane.in_hand_since = started = time.monotonic()
         attempt = 0
-        with structlog.contextvars.bound_contextvars(
-            agent=self.agent.role, topic=batch.topic, partition=batch.partition, offset=batch.first_offset
-        ):
-            while True:
-                try:
-                    await asyncio.to_thread(lane.agent.do, batch)
-                    break
-                except NotYet as reason:
-                    # Waiting for others is no sign of being stuck.
-                    lane.in_hand_since = time.monotonic()
-                    log.debug("waiting", reason=str(reason))
-                    await asyncio.sleep(WAIT_SECONDS)
-                except SINK_ERRORS as error:
-                    wait = RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)]
-                    attempt += 1
-                    metrics.SINK_RETRIES.labels(self.agent.role, _sink(error)).inc()
-                    log.warning("sink failed, trying again", error=str(error)[:300], attempt=attempt, wait=wait)
-                    await asyncio.sleep(wait)
-                except asyncio.CancelledError:
-                    raise
-                except BaseException:  # what Polars panics with is no Exception
-                    log.exception("a bug: the batch is not acknowledged and the worker ends")
-                    os._exit(BUG_EXIT)  # amid a rebalance Faust's own end may never come, and it would say it is ready
-                if tp not in _assignment(self.app):
-                    log.warning("the partition was taken away: its next owner does the batch")
-                    lane.in_hand_since = None
-                    return
+        while True:
+            try:
+                await asyncio.to_thread(lane.agent.do, batch)
+                break
+            except NotYet as reason:
+                # Waiting for others is no sign of being stuck.
+                lane.in_hand_since = time.monotonic()
+                log.debug("waiting", reason=str(reason))
+                await asyncio.sleep(WAIT_SECONDS)
+            except SINK_ERRORS as error:
+                wait = RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)]
+                attempt += 1
+                metrics.SINK_RETRIES.labels(self.agent.role, _sink(error)).inc()
+                log.warning("sink failed, trying again", error=str(error)[:300], attempt=attempt, wait=wait)
+                await asyncio.sleep(wait)
+            if tp not in _assignment(self.app):
+                log.warning("the partition was taken away: its next owner does the batch")
+                lane.in_hand_since = None
+                return
         self.app.consumer.finish(tp, batch.end_offset)
         event.ack()
         await self.app.consumer.commit({tp})

@@ -2,22 +2,25 @@
 
 `python -m tests.recording_worker FILE TOPIC` with the settings in the environment.  Each batch is a line
 in FILE when its agent takes it and another when it is done.  While FILE.hold exists a batch stays in hand;
-if FILE.bug exists its agent meets a bug.
+if FILE.bug exists its agent meets a bug, if FILE.idle-bug exists it does so while it has nothing to do.
+If FILE.slow exists it takes its time after a rebalance, as a busy machine does.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from streams.agent import Agent
 from streams.batch import Batch
 from streams.settings import Settings
+from streams.topics import Place
 from streams.worker import Worker
 
 
@@ -29,12 +32,14 @@ class Recorder(Agent):
     """Writes down what it is handed."""
 
     role: ClassVar[str] = "recorder"
+    idle_seconds: ClassVar[float] = 0.5
 
     def __init__(self, file: Path, topic: str) -> None:
         self._file = file
         self._topic = topic
         self._hold = file.with_suffix(".hold")
         self._bug = file.with_suffix(".bug")
+        self._idle_bug = file.with_suffix(".idle-bug")
 
     def topics(self) -> Sequence[str]:
         """The one topic."""
@@ -49,6 +54,11 @@ class Recorder(Agent):
             raise _Panic("on purpose")
         self._write("done", batch)
 
+    def idle(self, committed: Mapping[Place, int]) -> None:
+        """Meets a bug when it is told to."""
+        if self._idle_bug.exists():
+            raise ValueError("on purpose")
+
     def _write(self, what: str, batch: Batch) -> None:
         offsets = [record.offset for record in batch.records]
         values = [record.value.decode(errors="replace").strip() if record.value else None for record in batch.records]
@@ -57,5 +67,13 @@ class Recorder(Agent):
             file.write(json.dumps(line) + "\n")
 
 
+async def _take_time(app: Any, **_: Any) -> None:
+    await asyncio.sleep(1)
+
+
 if __name__ == "__main__":
-    raise SystemExit(Worker([Recorder(Path(sys.argv[1]), sys.argv[2])], Settings.load()).run())
+    file = Path(sys.argv[1])
+    worker = Worker([Recorder(file, sys.argv[2])], Settings.load())
+    if file.with_suffix(".slow").exists():
+        worker.app.on_rebalance_complete.connect(_take_time)
+    raise SystemExit(worker.run())

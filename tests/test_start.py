@@ -41,7 +41,7 @@ from streams.topics import (
     Broker,
     client_settings,
 )
-from streams.worker import UNSEEN_EXIT
+from streams.worker import BROKEN_EXIT
 from tests.kafka.broker import JARS, kafka
 from tribill.embedded.stack import EmbeddedStack
 from tribill.roles import ROLES
@@ -289,5 +289,5 @@ def test_topics_that_the_broker_does_not_show_end_the_worker() -> None:
     lines = ("from aiokafka.cluster import ClusterMetadata", "from streams.worker import _Assignor",
              "_Assignor._get_copartitioned_groups({'period-events'}, ClusterMetadata(), {})")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", "; ".join(lines)], capture_output=True, text=True, check=False)
-    assert done.returncode == UNSEEN_EXIT
+    assert done.returncode == BROKEN_EXIT
     assert "period-events" in done.stdout + done.stderr

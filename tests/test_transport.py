@@ -168,6 +168,13 @@ def test_a_bug_ends_the_worker(address: str, tmp_path: Path) -> None:
         wait(lambda: sorted(made.done()) == list(range(200)) and made.is_committed())
 
 
+def test_a_bug_outside_of_a_batch_ends_the_worker(address: str, tmp_path: Path) -> None:
+    """Faust would stay, hold its partitions and do nothing."""
+    with bench(address, tmp_path) as made:
+        made.file.with_suffix(".idle-bug").touch()
+        assert made.start().wait(120) == BUG_EXIT
+
+
 def test_a_graceful_stop_ends_the_batch_in_hand(address: str, tmp_path: Path) -> None:
     """What was done before a stop would be read again by the next worker, or not committed at all."""
     with bench(address, tmp_path, partitions=1) as made:
@@ -212,9 +219,15 @@ def resident_mib(process: int) -> int:
     return int(line.split()[1]) // 1024
 
 
-def test_rebalances(address: str, tmp_path: Path) -> None:
-    """A worker that comes or goes would leave records out, or its successor's offsets would go back."""
+@pytest.mark.parametrize("slow", [False, True])
+def test_rebalances(address: str, tmp_path: Path, slow: bool) -> None:
+    """A worker that comes or goes would leave records out, or its successor's offsets would go back.
+
+    Slow: what is fetched just after a rebalance was dropped, and its partition stood still for ever.
+    """
     with bench(address, tmp_path) as made:
+        if slow:
+            made.file.with_suffix(".slow").touch()
         made.start()
         sent = 0
 
