@@ -440,7 +440,8 @@ def touched(state: State, book: Book, horizon: int) -> Iterator[tuple[Order, str
     def touch(lines: Iterable[Line], since: int, until: int) -> None:
         for line in lines:
             starts = list(state.written.get(line.key, ()))
-            if (live := first_month(line, book)) is not None:
+            # Where there are rows from `since` on, as nearly always, it does not matter when the line began.
+            if (not starts or min(starts) > since) and (live := first_month(line, book)) is not None:
                 starts.append(live)
             if starts:
                 months_of.setdefault(line, set()).update(range(max(since, min(starts)), min(until, horizon) + 1))
@@ -459,13 +460,8 @@ def touched(state: State, book: Book, horizon: int) -> Iterator[tuple[Order, str
         lines = [line for line in book.by_code.get(code, ()) if line.follows_list_size]
         touch(lines, month_of(as_of), month_of(until))
     for service, months in state.used.items():
-        for line in book.by_service.get(service, ()):
-            # Where there is a row, as nearly always, there is no need to ask when the line began.
-            standing = {month for month in months & state.written.get(line.key, {}).keys() if month <= horizon}
-            if standing:
-                months_of.setdefault(line, set()).update(standing)
-            for month in months - standing:
-                touch([line], month, month)
+        for month in months:
+            touch(book.by_service.get(service, ()), month, month)
     if state.horizon and horizon > state.horizon:
         for order in book.orders.values():
             touch(order.lines.values(), state.horizon + 1, horizon)

@@ -392,7 +392,9 @@ class PeriodClose(Agent):
             derived = self._derive(period, cut, request)
             if decision is None:
                 decision = self._decide(derived, lag, request)
-            derived.derivation.charges.clear()  # a million amounts, that the accruals alone are compared with
+            # A million amounts, that the accruals alone are compared with: what lacks them is used no second time.
+            self._kept = None
+            derived.derivation.charges.clear()
             self._tell(request, "the documents are being made")
             try:
                 issue = self._deriving.issue(derived, decision.accepted)

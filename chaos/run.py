@@ -20,7 +20,7 @@ from chaos.planted import Plant
 from chaos.speaker import Speaker
 from chaos.stack import ROOT, Ended, Stack
 from sinks.clickhouse import ClickHouse
-from streams.worker import SINK_ERRORS
+from streams.worker import BUG_EXIT, SINK_ERRORS
 
 TICK_SECONDS = 0.05
 #: In bursts: a batch costs a worker more than a record does.
@@ -32,8 +32,6 @@ _STEPS_OF_A_CLOSE = 2
 _PLANTED_FAULTS = 6
 #: A worker that ends by itself so often in so many seconds will not do its work: no fault lasts as long.
 _ENDS, _ENDS_SECONDS = 8, 120
-#: What a worker ends with that meets what it does not expect (streams/worker.py).
-BUG_EXIT = 70
 
 
 class Stalled(Exception):

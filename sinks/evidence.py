@@ -17,7 +17,7 @@ from rating.causes import Cause
 from rating.close import ChargeKey
 from rating.evidence import Readings
 from sinks.clickhouse import ClickHouse
-from sinks.ledger import chunks
+from sinks.ledger import chunks, month_number
 from sinks.positions import Positions, at_cut, cut_parameters
 
 #: The readings that stand of some items on days of some months, those of quantity 0 left out.  Only identities
@@ -186,7 +186,7 @@ def _standing_readings(
 ) -> tuple[str, dict[str, Any]]:
     parameters = cut_parameters(generation, cut) | {
         "items": [item_id for (item_id,) in items],
-        "months": [month // 12 * 100 + month % 12 + 1 for month in sorted(months)],
+        "months": [month_number(month) for month in sorted(months)],
     }
     return _STANDING_READINGS.format(condition=at_cut("concat(topic, '/', toString(partition))")), parameters
 

@@ -183,17 +183,20 @@ class Ledger:
 
         Of all practices whose codes begin with one of `alike`.
         """
-        totals = {}
-        # Each by itself, for so the index is used; where there are fewer, the last ones are one.
-        practices = " OR ".join(f"startsWith(ods_code, {{alike:Array(String)}}[{place}])" for place in "12345678")
+        # Each by itself, for so the index is used; where there are fewer, the last one takes the places left.
+        places = "12345678"
+        practices = " OR ".join(f"startsWith(ods_code, {{alike:Array(String)}}[{place}])" for place in places)
         condition = f"""({practices})
             AND (generation < {{generation:UInt32}}
                  OR generation = {{generation:UInt32}} AND accepted_offset < {{before:Int64}})"""
-        for start in range(0, len(alike), 8):
-            some = [*alike[start : start + 8], *[alike[-1]] * 7][:8]
+        statement = _STANDING_TOTALS.format(condition=condition) + _OF_MONTHS
+        totals = {}
+        for start in range(0, len(alike), len(places)):
+            some = list(alike[start : start + len(places)])
+            some += some[-1:] * (len(places) - len(some))
             parameters = {"alike": some, "months": list(months), "generation": generation, "before": accepted_before}
-            for ods_code, item_id, day, quantity in self._totals(condition, parameters, _OF_MONTHS):
-                totals[ods_code, item_id, day] = quantity
+            for ods_code, item_id, day, quantity in self._clickhouse.query(statement, parameters):
+                totals[ods_code, item_id, day + _EPOCH_ORDINAL] = quantity
         return totals
 
     def items(self) -> list[str]:
@@ -275,7 +278,7 @@ class Ledger:
     def _reported(
         self, months: Sequence[int], condition: str, parameters: dict[str, Any]
     ) -> dict[int, dict[str, Reported]]:
-        numbers = {_month_number(month): month for month in months}
+        numbers = {month_number(month): month for month in months}
         rows = self._clickhouse.query(_REPORTED.format(condition=condition), parameters | {"months": list(numbers)})
         found: dict[int, dict[str, Reported]] = {month: {} for month in months}
         for supplier_id, number, count, quantity in rows:
@@ -291,13 +294,6 @@ class Ledger:
             cut_parameters(generation, {**positions, **cut}),
         )
         return not rows
-
-    def _totals(
-        self, condition: str, parameters: dict[str, Any], having: str = ""
-    ) -> Iterable[tuple[str, str, int, int]]:
-        statement = _STANDING_TOTALS.format(condition=condition) + having
-        for ods_code, item_id, day, quantity in self._clickhouse.query(statement, parameters):
-            yield ods_code, item_id, day + _EPOCH_ORDINAL, quantity
 
     # --- contract and reference changes ---
 
@@ -452,7 +448,7 @@ class Ledger:
         return self.positions_seen(generation) | {str(place): int(end) for place, end in rows}
 
 
-def _month_number(month: int) -> int:
+def month_number(month: int) -> int:
     """A month as `toYYYYMM` gives it."""
     return month // 12 * 100 + month % 12 + 1
 

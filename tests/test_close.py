@@ -21,9 +21,11 @@ import pytest
 import redis as redis_client
 
 from agents import period_close
+from agents.deriving import Deriving
 from rating.calendar import parse_month
 from rating.completeness import Completeness, Reported
 from sinks.accruals import Accruals
+from sinks.clickhouse import LedgerUnavailable
 from sinks.papers.files import write_files
 from sinks.parties import PartyStore
 from streams.topics import PERIOD_EVENTS, USAGE_ACCEPTED
@@ -263,6 +265,31 @@ def test_a_drift_is_mended(new_world: NewWorld) -> None:
     assert world.documents.answer_since("2026-04", 1, 0) == ("closed", "")
     [(drift,)] = world.clickhouse.query("SELECT drift_pence FROM periods")
     assert drift == 0
+
+
+def test_a_sink_fails_after_a_drift_was_mended(new_world: NewWorld) -> None:
+    """The next try would compare the accruals with what the failed one had let go, and find them all wrong."""
+    world = new_world()
+    metered(world)
+    spoil(world)
+    world.request_close("2026-04")
+    for _ in range(2):
+        world.step("period-close", (PERIOD_EVENTS, 0))
+    world.drain(AT_WORK)
+    issue, tries = Deriving.issue, []
+
+    def fails_once(*arguments: Any, **options: Any) -> Any:
+        tries.append(arguments)
+        if len(tries) == 1:
+            raise LedgerUnavailable("for a moment")
+        return issue(*arguments, **options)
+
+    with mock.patch.object(Deriving, "issue", fails_once):
+        with pytest.raises(LedgerUnavailable):
+            world.step("period-close", (PERIOD_EVENTS, 0))
+        world.drain(["period-close"])
+    assert len(tries) == 2
+    assert world.documents.answer_since("2026-04", 1, 0) == ("closed", "")
 
 
 def test_a_drift_that_stays(new_world: NewWorld) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rating.calendar import month_of
@@ -22,7 +22,7 @@ ITEMS = ["10030-S-001", "10030-S-002", "10031-S-001"]
 PRACTICES = ["A81001", "A81002", "B82001"]
 #: Days around the end of a month, so that a revision may also move a reading to another.
 FIRST = datetime(2026, 3, 30, 12, tzinfo=UTC)
-#: A life of the log each example: the totals of earlier ones count as well, so each has practices of its own.
+#: Each example has practices of its own, for what earlier ones have said is in the ledger as well.
 NUMBERS = count(1)
 
 said = st.fixed_dictionaries(
@@ -70,7 +70,7 @@ def flat(found: dict[tuple[str, str], dict[int, int]], ending: str) -> dict[tupl
     }
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None)
 @given(st.lists(said, max_size=14), st.sets(st.sampled_from(ITEMS), min_size=1, max_size=2), st.integers(0, 10))
 def test_totals_of_a_part(ledger: Ledger, drawn: list[dict[str, Any]], items: set[str], end: int) -> None:
     """A revision that names another item, day or month would be counted twice, or not at all."""
