@@ -74,14 +74,13 @@ def _commit_before_insert() -> None:
 
     do = Worker._do
 
-    async def commit_first(self: Any, lane: Any, event: Any) -> None:
-        message = event.message
-        place = TP(message.topic, message.partition)
-        self.app.consumer.finish(place, message.value[-1].offset + 1)
+    async def commit_first(self: Any, lane: Any, batch: Any, event: Any) -> None:
+        place = TP(batch.topic, batch.partition)
+        self.app.consumer.finish(place, batch.end_offset)
         event.ack()
         await self.app.consumer.commit({place})
         with mock.patch.object(event, "ack"):
-            await do(self, lane, event)
+            await do(self, lane, batch, event)
 
     Worker._do = commit_first  # type: ignore[method-assign]
 
