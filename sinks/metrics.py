@@ -13,6 +13,7 @@ BATCH_SECONDS = Histogram(
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
 )
 SINK_RETRIES = Counter("tribill_sink_retries", "Batches tried again because a sink failed", ["agent", "sink"])
+SINK_FAILING = Gauge("tribill_sink_failing", "1 while a sink fails again and again", ["agent", "sink"])
 LAG = Gauge("tribill_lag_records", "Records that an agent has still to do", ["agent", "topic"])
 WATERMARK = Gauge(
     "tribill_watermark_timestamp_seconds",

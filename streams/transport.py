@@ -14,12 +14,13 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 from aiokafka.consumer import consumer, fetcher
-from aiokafka.errors import IllegalStateError
+from aiokafka.errors import KafkaTimeoutError
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 
@@ -136,15 +137,29 @@ class _Thread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]  # faust is 
 
         self.thread_loop.call_soon_threadsafe(notify)
 
+    def _state(self, tp: TP) -> Any:
+        """What is known of a partition; None: it was taken away meanwhile, in the other thread."""
+        subscription = self._ensure_consumer()._subscription.subscription
+        assignment = subscription and subscription.assignment
+        return assignment and assignment.state_value(tp)
+
     def highwater(self, tp: TP) -> int | None:
         """Where a partition ends for us: what lies behind the beginning of an open transaction can't be read yet.
 
-        None: it is not known yet, or the partition was taken away meanwhile, in the other thread.
+        None: it is not known.
         """
-        subscription = self._ensure_consumer()._subscription.subscription
-        assignment = subscription and subscription.assignment
-        state = assignment and assignment.state_value(tp)
+        state = self._state(tp)
         return state.lso if state else None
+
+    def reached(self, tp: TP) -> int | None:
+        """Up to where a partition was fetched; None: it is not known.  (`position` waits until it is.)"""
+        state = self._state(tp)
+        return state._position if state else None
+
+    async def _commit(self, offsets: Mapping[TP, int]) -> bool:
+        """Partitions may have been taken away since it was asked for; to commit none is an error."""
+        held = {tp: offset for tp, offset in offsets.items() if tp in self.assignment()}
+        return bool(held) and await super()._commit(held)
 
 
 class Consumer(driver.Consumer):  # type: ignore[misc]  # faust is untyped
@@ -159,6 +174,8 @@ class Consumer(driver.Consumer):  # type: ignore[misc]  # faust is untyped
         self._finished: dict[TP, int] = {}
         #: Of which partitions records may be handed over.
         self._wanted: set[TP] = set()
+        #: Counts the changes of hands: what was known before one says nothing of what is committed after it.
+        self._hands = 0
 
     def finish(self, tp: TP, end_offset: int) -> None:
         """Says that all records of a partition before an offset are done; `commit` tells the broker."""
@@ -166,6 +183,11 @@ class Consumer(driver.Consumer):  # type: ignore[misc]  # faust is untyped
         if self.flow_active and not self._is_in_hand(tp):
             self._wanted.add(tp)
             self._thread.wake()
+
+    def reached(self, tp: TP) -> int | None:
+        """Up to where a partition was fetched; None: it is not known."""
+        found: int | None = self._thread.reached(tp)
+        return found
 
     def _is_in_hand(self, tp: TP) -> bool:
         """Whether a batch of the partition is in hand or waits: so long its next stays with the fetcher."""
@@ -179,54 +201,65 @@ class Consumer(driver.Consumer):  # type: ignore[misc]  # faust is untyped
         """See on_buffer_full."""
 
     async def on_partitions_revoked(self, revoked: set[TP]) -> None:
-        """What was done but not committed is its next owner's to read again.
-
-        Whoever waits for records is given none any more: Faust would drop them, and nobody would miss them.
-        """
-        self._wanted &= {_NONE}
-        self._forget()
+        """What was done but not committed is its next owner's to read again."""
+        self._begin_anew()
         await super().on_partitions_revoked(revoked)
 
-    async def perform_seek(self) -> None:
-        """What was handed over before and not committed comes again, whatever became of it meanwhile."""
-        await super().perform_seek()
-        self._forget()
+    async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
+        """What was handed over before comes again.
 
-    def _forget(self) -> None:
+        Nothing flows until Faust has gone back to what is committed: what it fetches meanwhile it drops, and where
+        nothing was ever committed it does not go back.
+        """
+        self.stop_flow()
+        self._begin_anew()
+        await super().on_partitions_assigned(assigned, generation_id)
+
+    def _begin_anew(self) -> None:
+        """Whoever waits for records is given none any more, and nothing is known of what is in hand."""
+        self._wanted &= {_NONE}
+        self._hands += 1
         for known in (self._handed, self._done, self._finished):
             known.clear()
+
+    async def perform_seek(self) -> None:
+        """Goes back to what is committed.  When it takes too long Faust would end its recovery and never resume."""
+        try:
+            async with asyncio.timeout(self.app.conf.broker_request_timeout / 2):
+                await super().perform_seek()
+        except TimeoutError as error:
+            raise KafkaTimeoutError("the broker does not say what is committed") from error
 
     def _new_consumer_thread(self) -> _Thread:
         return _Thread(self, loop=self.loop, beacon=self.beacon)
 
     async def _getmany(self, active_partitions: set[TP] | None, timeout: float) -> dict[TP, list[Folded]]:
-        active = active_partitions or set()
+        active, hands = active_partitions or set(), self._hands
         # The fetcher takes no partition at all for all of them.
         self._wanted = {tp for tp in active if not self._is_in_hand(tp)} | {_NONE}
         fetched = await super()._getmany(self._wanted, timeout)
         folded = {tp: [_fold(tp, records)] for tp, records in fetched.items() if records}
         for tp, (message,) in folded.items():
             self._handed[tp] = message.offset + 1
+            self._read_offset[tp] = None  # Faust drops what it takes for read, and what is in hand must be handed over
         if not folded:
-            await self._commit_past_markers(active)
+            await self._commit_past_markers(active, hands)
         return folded
 
-    async def _commit_past_markers(self, partitions: set[TP]) -> None:
+    async def _commit_past_markers(self, partitions: set[TP], hands: int) -> None:
         """Commits past what is no record, where no record is left: the markers that end transactions.
 
-        Otherwise a close would wait for ever for a log that ends with one.
+        Otherwise a close would wait for ever for a log that ends with one.  Not once partitions have changed hands
+        since: what is in hand then is not known, and would be committed before it is done.
         """
         for tp in list(partitions):  # Faust changes its set meanwhile
-            if self._is_in_hand(tp):
-                continue
-            try:
-                position = await asyncio.wait_for(self.position(tp), 1)
-            except (IllegalStateError, TimeoutError):
-                continue  # revoked meanwhile, or without a leader
-            if position is not None and position > (self._done.get(tp) or self._committed_offset[tp] or 0):
-                await self._commit_offsets({tp: position})
-                if tp in self._done:
-                    self._handed[tp] = self._done[tp] = position
+            if self._hands != hands:
+                return
+            reached = None if self._is_in_hand(tp) else self.reached(tp)
+            if reached is not None and reached > (self._done.get(tp) or self._committed_offset[tp] or 0):
+                await self._commit_offsets({tp: reached})
+                if tp in self._done and self._hands == hands:
+                    self._handed[tp] = self._done[tp] = reached
 
     def _new_offset(self, tp: TP) -> int | None:
         self._acked[tp].clear()

@@ -29,7 +29,7 @@ from typing import Any
 import faust
 import prometheus_client
 import structlog
-from aiokafka.errors import IllegalStateError, KafkaError
+from aiokafka.errors import KafkaError
 from clickhouse_connect.driver.exceptions import OperationalError
 from confluent_kafka import KafkaException
 from faust.assignor.partition_assignor import PartitionAssignor
@@ -41,6 +41,7 @@ from sinks import metrics
 from sinks.clickhouse import LedgerUnavailable
 from streams.agent import Agent
 from streams.batch import Batch, NotYet
+from streams.circuits import Circuits
 from streams.health import Progress
 from streams.producer import DeliveryFailed
 from streams.settings import Settings
@@ -59,8 +60,10 @@ SINK_ERRORS = (
     ConnectionError,
     TimeoutError,
 )
+_SINKS = ("clickhouse", "kafka", "redis")
 WAIT_SECONDS = 0.2
-RETRY_SECONDS = (0.1, 0.5, 1, 2, 5, 10)
+#: How often a lane looks whether it may try its batch again.
+CIRCUIT_SECONDS = 0.05
 #: A worker that has had a batch in hand for longer than this is not healthy, nor is one that holds a
 #: partition which has records to do and has not moved for so long.
 STUCK_SECONDS = 300
@@ -131,6 +134,7 @@ class Worker:
         self.agent = agents[0]
         self.settings = settings
         self._lanes = [_Lane(each) for each in agents]
+        self._circuits = Circuits()
         self._progress = Progress(STUCK_SECONDS)
         self._broker = Broker(settings)
         self.app = self._new_app()
@@ -232,24 +236,10 @@ class Worker:
     async def _do(self, lane: _Lane, batch: Batch, event: Any) -> None:
         tp = TP(batch.topic, batch.partition)
         lane.in_hand_since = started = time.monotonic()
-        attempt = 0
-        while True:
-            try:
-                await asyncio.to_thread(lane.agent.do, batch)
-                break
-            except NotYet as reason:
-                # Waiting for others is no sign of being stuck.
-                lane.in_hand_since = time.monotonic()
-                log.debug("waiting", reason=str(reason))
-                await asyncio.sleep(WAIT_SECONDS)
-            except SINK_ERRORS as error:
-                wait = RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)]
-                attempt += 1
-                metrics.SINK_RETRIES.labels(self.agent.role, _sink(error)).inc()
-                log.warning("sink failed, trying again", error=str(error)[:300], attempt=attempt, wait=wait)
-                await asyncio.sleep(wait)
+        while not await self._try(lane, batch):
             if tp not in _assignment(self.app):
                 log.warning("the partition was taken away: its next owner does the batch")
+                self._all_work()  # as far as anybody knows who would try
                 lane.in_hand_since = None
                 return
         self.app.consumer.finish(tp, batch.end_offset)
@@ -261,15 +251,55 @@ class Worker:
             batch.records[-1].timestamp / 1000
         )
 
+    async def _try(self, lane: _Lane, batch: Batch) -> bool:
+        """Tries the batch when its turn has come; whether it is done."""
+        if not self._circuits.may_try(time.monotonic()):
+            await asyncio.sleep(CIRCUIT_SECONDS)
+            return False
+        try:
+            await asyncio.to_thread(lane.agent.do, batch)
+        except NotYet as reason:
+            # Waiting for others is no sign of being stuck.
+            lane.in_hand_since = time.monotonic()
+            self._all_work()
+            log.debug("waiting", reason=str(reason))
+            await asyncio.sleep(WAIT_SECONDS)
+            return False
+        except SINK_ERRORS as error:
+            self._fails(error)
+            return False
+        self._all_work()
+        return True
+
     async def _idle(self) -> None:
         held = _assignment(self.app)
         for number, lane in enumerate(self._lanes):
-            if lane.in_hand_since is None:
+            if self._circuits.is_open and self.in_hand_since is not None:
+                return  # the batches in hand find out when the sink works again
+            if lane.in_hand_since is None and self._circuits.may_try(time.monotonic()):
                 own = {each for each in held if each.partition % len(self._lanes) == number}
                 try:
                     await asyncio.to_thread(self._do_idle, lane.agent, own)
+                    self._all_work()
                 except SINK_ERRORS as error:
-                    log.warning("sink failed in idle work", agent=self.agent.role, error=str(error)[:300])
+                    self._fails(error)
+
+    def _fails(self, error: Exception) -> None:
+        sink = _sink(error)
+        metrics.SINK_RETRIES.labels(self.agent.role, sink).inc()
+        wait = self._circuits.failed(sink, time.monotonic())
+        self._show_failing()
+        log.warning("sink failed, trying again", sink=sink, error=str(error)[:300], wait=round(wait, 2))
+
+    def _all_work(self) -> None:
+        if self._circuits.is_open:
+            self._circuits.close()
+            self._show_failing()
+
+    def _show_failing(self) -> None:
+        failing = self._circuits.failing()
+        for sink in _SINKS:
+            metrics.SINK_FAILING.labels(self.agent.role, sink).set(sink in failing)
 
     def _do_idle(self, agent: Agent, held: set[TP]) -> None:
         places = [(each.topic, each.partition) for each in held if each.topic in agent.topics()]
@@ -282,10 +312,7 @@ class Worker:
         found = {}
         for tp in _assignment(self.app):
             if tp.topic in self.agent.topics():
-                try:
-                    end, at = consumer.highwater(tp), await asyncio.wait_for(consumer.position(tp), 1)
-                except (IllegalStateError, TimeoutError):
-                    continue  # revoked meanwhile, or without a leader
+                end, at = consumer.highwater(tp), consumer.reached(tp)
                 done = consumer._committed_offset[tp]
                 if end is not None and at is not None:
                     # Where nothing was ever committed, what was not fetched yet is to do.
@@ -313,12 +340,14 @@ class Worker:
         async def show_ready(web: Any, request: Any) -> Any:
             # `unassigned`: it has joined, and there are more workers than partitions; it stands by.
             held = len(_assignment(app))
-            ready = not app.rebalancing and (held > 0 or app.unassigned)
-            return web.json({"ready": ready, "partitions": held}, status=200 if ready else 503)
+            failing = self._circuits.failing()
+            ready = not app.rebalancing and (held > 0 or app.unassigned) and not failing
+            found = {"ready": ready, "partitions": held, "sinks_failing": failing}
+            return web.json(found, status=200 if ready else 503)
 
 
 def _sink(error: Exception) -> str:
-    """Which sink an error of SINK_ERRORS came from."""
+    """Which of _SINKS an error of SINK_ERRORS came from."""
     return str(getattr(error, "sink", "kafka" if isinstance(error, KafkaException) else "clickhouse"))
 
 

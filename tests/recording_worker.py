@@ -3,7 +3,8 @@
 `python -m tests.recording_worker FILE TOPIC` with the settings in the environment.  Each batch is a line
 in FILE when its agent takes it and another when it is done.  While FILE.hold exists a batch stays in hand;
 if FILE.bug exists its agent meets a bug, if FILE.idle-bug exists it does so while it has nothing to do.
-If FILE.slow exists it takes its time after a rebalance, as a busy machine does.
+While FILE.down exists the ledger does not work.  If FILE.slow exists it takes its time after a rebalance, as a
+busy machine does.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from sinks.clickhouse import LedgerUnavailable
 from streams.agent import Agent
 from streams.batch import Batch
 from streams.settings import Settings
@@ -39,6 +41,7 @@ class Recorder(Agent):
         self._topic = topic
         self._hold = file.with_suffix(".hold")
         self._bug = file.with_suffix(".bug")
+        self._down = file.with_suffix(".down")
         self._idle_bug = file.with_suffix(".idle-bug")
 
     def topics(self) -> Sequence[str]:
@@ -50,6 +53,8 @@ class Recorder(Agent):
         self._write("taken", batch)
         while self._hold.exists():
             time.sleep(0.02)
+        if self._down.exists():
+            raise LedgerUnavailable("on purpose")
         if self._bug.exists():
             raise _Panic("on purpose")
         self._write("done", batch)

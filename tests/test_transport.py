@@ -5,6 +5,7 @@ On Apache Kafka where its jars are at hand, else on Tansu, which has no transact
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -19,13 +20,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import urllib3
 from aiokafka import TopicPartition
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewTopic
+from faust.transport.drivers import aiokafka as driver
+from faust.types import TP
 
 from streams.settings import Settings
 from streams.topics import Broker
-from streams.transport import REST_SECONDS, _Fetcher
+from streams.transport import REST_SECONDS, Consumer, _Fetcher
 from streams.worker import BUG_EXIT
 from tests.kafka.broker import JARS, kafka
 from tribill.embedded import broker as tansu
@@ -77,10 +81,19 @@ class Bench:
 
     def start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "tests.recording_worker", str(self.file), self.topic]
-        environment = {**os.environ, **replace(self.settings, worker_port=free_port()).environment()}
+        self.settings = replace(self.settings, worker_port=free_port())
+        environment = {**os.environ, **self.settings.environment()}
         worker = subprocess.Popen(command, env=environment)
         self.workers.append(worker)
         return worker
+
+    def says(self, path: str) -> tuple[int, str]:
+        """What the worker that was started last answers; 0: nothing."""
+        try:
+            found = urllib3.request("GET", f"http://127.0.0.1:{self.settings.worker_port}/{path}", retries=False)
+        except urllib3.exceptions.HTTPError:
+            return 0, ""
+        return found.status, found.data.decode()
 
     def stop(self) -> None:
         self.hold.unlink(missing_ok=True)
@@ -175,6 +188,23 @@ def test_a_bug_outside_of_a_batch_ends_the_worker(address: str, tmp_path: Path) 
         assert made.start().wait(120) == BUG_EXIT
 
 
+def test_a_sink_that_fails(address: str, tmp_path: Path) -> None:
+    """A worker that can do nothing would say that it is ready, or leave its batches out."""
+    with bench(address, tmp_path) as made:
+        down = made.file.with_suffix(".down")
+        down.touch()
+        made.send(0, 200)
+        made.start()
+        failing = 'tribill_sink_failing{agent="recorder",sink="clickhouse"} '
+        wait(lambda: made.says("ready")[0] == 503 and "clickhouse" in made.says("ready")[1])
+        assert failing + "1.0" in made.says("metrics")[1]
+        assert made.says("health")[0] == 200
+        down.unlink()
+        wait(lambda: sorted(made.done()) == list(range(200)) and made.is_committed())
+        wait(lambda: made.says("ready")[0] == 200)
+        assert failing + "0.0" in made.says("metrics")[1]
+
+
 def test_a_graceful_stop_ends_the_batch_in_hand(address: str, tmp_path: Path) -> None:
     """What was done before a stop would be read again by the next worker, or not committed at all."""
     with bench(address, tmp_path, partitions=1) as made:
@@ -187,7 +217,7 @@ def test_a_graceful_stop_ends_the_batch_in_hand(address: str, tmp_path: Path) ->
         worker.send_signal(signal.SIGTERM)
         time.sleep(0.5)
         made.hold.unlink()
-        worker.wait(100)
+        assert worker.wait(100) == 0
         done = len(made.done())
         assert made.committed() == {0: done}
         made.start()
@@ -247,7 +277,7 @@ def test_rebalances(address: str, tmp_path: Path, slow: bool) -> None:
         for _ in range(5):
             send_some()
             time.sleep(0.3)
-        second.wait(100)
+        assert second.wait(100) == 0
         send_some()
         wait(lambda: set(made.done()) == set(range(sent)) and made.is_committed())
         for partition in range(PARTITIONS):
@@ -257,6 +287,49 @@ def test_rebalances(address: str, tmp_path: Path, slow: bool) -> None:
                 if line["partition"] == partition:
                     assert line["offsets"][0] <= end
                     end = max(end, line["offsets"][-1] + 1)
+
+
+class Changing(Consumer):
+    """A consumer without a broker; partition 0 has a marker to commit past, and 1 a batch in hand."""
+
+    def __init__(self, changes_at: str) -> None:
+        self.changes_at = changes_at
+        self._handed, self._done, self._finished = {TP("usage", 1): 150}, {TP("usage", 1): 100}, {}
+        self._wanted, self._hands = set(), 0
+        self._committed_offset = {TP("usage", 0): 7, TP("usage", 1): 100}
+        self.commits: dict[TP, int] = {}
+
+    def reached(self, tp: TP) -> int:
+        return {0: 8, 1: 150}[tp.partition]
+
+    def _change_hands(self) -> None:
+        self._begin_anew()
+        self._committed_offset = dict.fromkeys(self._committed_offset)
+
+    async def _commit_offsets(self, offsets: Any, start_new_transaction: bool = True) -> bool:
+        self.commits |= offsets
+        if self.changes_at == "commit":
+            self._change_hands()
+        return True
+
+
+@pytest.mark.parametrize("changes_at", ["never", "fetch", "commit"])
+def test_a_batch_in_hand_is_not_committed_while_hands_change(
+    monkeypatch: pytest.MonkeyPatch, changes_at: str
+) -> None:
+    """What is in hand is forgotten when partitions change hands; it was taken for done, and lost."""
+    changing = Changing(changes_at)
+
+    async def fetch(self: Any, *_: Any) -> dict[Any, Any]:
+        if changes_at == "fetch":
+            changing._change_hands()
+        return {}
+
+    monkeypatch.setattr(driver.Consumer, "_getmany", fetch)
+    asyncio.run(changing._getmany({TP("usage", 0), TP("usage", 1)}, 1))
+    assert changing.commits == ({} if changes_at == "fetch" else {TP("usage", 0): 8})
+    if changes_at != "never":
+        assert changing._handed == {}
 
 
 @pytest.mark.skipif(not JARS, reason="TRIBILL_KAFKA_JARS names no jars of Apache Kafka; Tansu has no transactions")
