@@ -223,6 +223,13 @@ class Checker:
                 "pence, vat_rate_micros",
             ),
             "documents": ("number", "period, body, net_pence, vat_pence"),
+            "statements": ("period, kind, code", "net_pence, body"),
+            "evidence": ("period, number", "body"),
+            "adjustments": (
+                "period, order_number, item_id, ods_code, supplier_id, payer, month",
+                "cause, is_release, original_document",
+            ),
+            "allocations_wanted": ("period, ordering_party, month", "pence"),
             "periods": ("period", "documents, rows, net_pence, held_pence"),
             "contract_changes": ("order_number, generation, partition, offset", "outcome, body"),
             "reference_changes": ("code, generation, partition, offset", "outcome, body"),

@@ -35,7 +35,18 @@ BUSY = ("usage", "charges", "funding", "contracts", "reference")
 #: The writes of a close in their order, each with the moments at which it can die there.
 CLOSE_STEPS = [
     (table, moment)
-    for table in ("close_requests", "cuts", "document_rows", "documents", "periods")
+    for table in (
+        "close_requests",
+        "cuts",
+        "close_decisions",
+        "adjustments",
+        "allocations_wanted",
+        "document_rows",
+        "statements",
+        "evidence",
+        "documents",
+        "periods",
+    )
     for moment in MOMENTS
 ]
 TRAP_SECONDS = 15

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from unittest import mock
@@ -16,10 +18,10 @@ import pytest
 
 from chaos import __main__ as command
 from chaos.book import Book
-from chaos.checker import Unverified
+from chaos.checker import Unverified, Verdict
 from chaos.faults import KINDS, plan
 from chaos.planted import failed
-from chaos.run import Stalled
+from chaos.run import Report, Stalled
 from chaos.stack import NotStarted
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +68,13 @@ def test_an_error_of_the_harness_is_no_verdict(
     for plant, expected in (([], code), (["--plant", "no-fencing"], of_a_plant)):
         monkeypatch.setattr(sys, "argv", ["chaos", "--seed", "1", *plant])
         assert command.main() == expected
+
+
+@pytest.mark.parametrize(("happened", "code"), [(24, 2), (25, 0)])
+def test_few_faults_prove_nothing(happened: int, code: int) -> None:
+    """A run that nothing happened in would pass."""
+    asked = argparse.Namespace(seed=1, faults=29, minutes=5, brokers=1, at_least=25)
+    assert command._tell(Report(Counter({"kill a worker": happened}), Verdict()), asked) == code
 
 
 @pytest.mark.parametrize(
