@@ -10,7 +10,8 @@ import ast
 import copy
 import json
 import os
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,27 +183,54 @@ def test_good_records_among_garbage_are_billed() -> None:
         assert found == (lines, held)
 
 
-def test_a_record_that_is_too_large() -> None:
-    """A batch of ten million readings is larger than any record may be: it would be decoded all the same."""
+def batch_of(world: World, readings: Iterable[bytes], count: int) -> bytes:
+    """A `UsageBatch` that says it has so many readings, with these behind it."""
+    whole = bytes_of(world, USAGE, {"UsageBatch": ONE})
+    beginning = whole[: -len(reading_of(world)) - 2]  # before the number of readings; 0 ends them
+    number = bytearray()
+    left = 2 * count
+    while left > 127:
+        number.append(left & 127 | 128)
+        left >>= 7
+    return b"".join((beginning, bytes([*number, left]), *readings, b"\0"))
+
+
+def reading_of(world: World, identity: bytes = b"", occurred_at: str = "2026-04-03T10:00:00Z") -> bytes:
+    """The smallest reading, as Avro has it."""
+    [reading] = ONE["usages"]
+    one = bytes_of(world, USAGE, {"UsageBatch": ONE | {"usages": [reading | {"occurred_at": occurred_at}]}})
+    none = bytes_of(world, USAGE, {"UsageBatch": ONE | {"usages": []}})
+    return bytes([2 * len(identity)]) + identity + one[len(none) + 1 : -1]
+
+
+@pytest.mark.parametrize("there", [10_000_000, 1])
+def test_ten_million_readings(there: int) -> None:
+    """Or a record that says so: room would be made for them, or all of them decoded."""
     world = world_of([])
-    world.log.append(
-        USAGE, bytes_of(world, USAGE, {"UsageBatch": ONE}) + bytes(world.settings.record_max_bytes), None, 0
-    )
+    record = batch_of(world, [reading_of(world)] * there, 10_000_000)
+    world.log.append(USAGE, record, None, 0)
+    tracemalloc.start()
     world.play()
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
     [letter] = world.sinks.tables["dead_letters"]
-    assert "bytes long" in letter[6]
+    assert ("bytes long" if there > 1 else "no Avro record") in letter[6]
+    assert peak_bytes < 64 * 1024 * 1024
 
 
-def test_the_most_readings_of_a_record() -> None:
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_the_most_readings_of_a_record(is_refused: bool) -> None:
     """A hundred thousand of the smallest readings in one record: more than a block, an insert and a letter hold."""
     world = world_of([])
-    [reading] = ONE["usages"]
-    alike = from_interchange("UsageBatch", ONE)["usages"] * 100_000
-    value = from_interchange("UsageBatch", ONE) | {"usages": alike}
-    world.log.append(USAGE, world.codec.encode("UsageBatch", value), None, 0)
+    there = 100_000
+    occurred_at = "1999-04-03T10:00:00Z" if is_refused else "2026-04-03T10:00:00Z"
+    begins, ends = reading_of(world, b"00000", occurred_at).split(b"00000")
+    world.log.append(USAGE, batch_of(world, (begins + b"%05x" % n + ends for n in range(there)), there), None, 0)
     world.play()
-    assert len(world.sinks.ledger.usage) == 1, reading
-    assert world.sinks.tables.get("dead_letters", []) == []
+    assert len(world.sinks.ledger.usage) == (0 if is_refused else there)
+    letters = world.sinks.tables.get("dead_letters", [])
+    assert len(letters) == (there if is_refused else 0)
+    assert all("before the year 2000" in letter[6] for letter in letters)
 
 
 ONE: Any = {
