@@ -28,7 +28,7 @@ from rating.documents import STATEMENT, Document, documents
 from rating.parties import Parties, gln_holds, invented, read_party_row, vat_number_holds
 from rating.records import Refused, read_contract_change, read_reference_change
 from rating.statements import OutOfBalance, Papers
-from sinks.papers.files import json_text
+from sinks.papers.forms import json_text
 from sinks.papers.odoo import odoo_csv, odoo_json, odoo_table
 from sinks.papers.pdf import Paper, document_pdf
 from sinks.papers.ubl import ubl

@@ -112,7 +112,7 @@ def test_no_server_is_needed() -> None:
     """A supplier runs it on its own machine: nothing of the stack is even imported."""
     code = (
         "import sys, tribill.verify; "
-        "print(sorted({'faust', 'confluent_kafka', 'clickhouse_connect', 'redis', 'streams', 'sinks', 'agents'}"
+        "print(sorted({'faust', 'confluent_kafka', 'clickhouse_connect', 'redis', 'streams', 'agents'}"
         " & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code]
@@ -236,6 +236,29 @@ def test_files_that_are_missing_or_do_not_belong_are_found(bills: Path) -> None:
     assert any("there is no NHSE-000002-evidence.json beside it" in text for text in said)
 
 
+@pytest.mark.parametrize(
+    ("suffix", "was", "now"),
+    [(".xml", b"PayableAmount>", b"PayableAmount >"), (".csv", b".", b","), (".pdf", b"e", b"f")],
+)
+def test_a_forged_form_is_found(bills: Path, suffix: str, was: bytes, now: bytes) -> None:
+    """The e-invoice is what a payer's machine books, the PDF what a person pays."""
+    document = bills / "2026-05" / "NHSE-000002-invoice.json"
+    form = document.with_suffix(suffix)
+    form.write_bytes(form.read_bytes().replace(was, now, 1))
+    verdict, said = check(document)
+    assert (verdict.exit_code, said) == (1, [f"{form}: does not say what NHSE-000002-invoice.json says"])
+    form.unlink()
+    assert check(document)[0].exit_code == 0
+
+
+def test_an_e_invoice_of_what_is_none_is_found(bills: Path) -> None:
+    """A payer's machine would book it."""
+    document = bills / "2026-05" / "NHSE-000002-invoice.json"
+    change(document, ("electronic",), lambda _: False)
+    forge(document)
+    assert any("NHSE-000002-invoice.xml: is not to be there" in text for text in check(document)[1])
+
+
 def test_other_papers_that_look_like_documents_are_passed_over(bills: Path) -> None:
     """A payer called X-invoice has a file odoo/X-invoice.json, and a supplier a statement."""
     for name in ("odoo/X-invoice.json", "statements/supplier-Y-evidence.json", "statements/lines.csv"):
@@ -250,6 +273,8 @@ def test_codes_with_odd_characters_and_large_quantities_are_read(bills: Path) ->
         path.write_text(path.read_text().replace("A83005", "A\u20283005"))
     for path in april.glob("*-invoice.json"):
         forge(path)
+        for suffix in (".xml", ".pdf", ".csv"):
+            path.with_suffix(suffix).unlink(missing_ok=True)
     assert check(april)[0].exit_code == 0
     document = april / "NHSE-000001-invoice.json"
     body = json.loads(document.read_text())

@@ -21,6 +21,7 @@ from rating.calendar import month_text, parse_month
 from rating.close import ChargeKey
 from rating.evidence import Read, read_evidence, rederive, signed_pence
 from rating.records import Fields, Refused
+from sinks.papers.forms import document_forms
 from tribill.verify_usage import BadUsage, Bill, compare_usage, read_usage
 
 KINDS = ("invoice", "credit-note", "pro-forma")
@@ -187,7 +188,8 @@ def _verify_document(path: Path, said: _Saying) -> _Checked | None:
     text = _bytes(evidence_path)
     if hashlib.sha256(text).hexdigest() != body.get("evidence_sha256"):
         said.differs(f"{evidence_path}: its SHA-256 is not the evidence_sha256 of {path.name}")
-    if _seal(body) != body.get("sha256"):
+    sealed = _seal(body) == body.get("sha256")
+    if not sealed:
         said.differs(f"{path}: its sha256 is not that of what it says")
     try:
         read = read_evidence(_json(evidence_path, text))
@@ -198,6 +200,8 @@ def _verify_document(path: Path, said: _Saying) -> _Checked | None:
     try:
         net = _verify_lines(path, body, read, expected, said)
         _verify_totals(path, body, read, net, said)
+        if sealed:
+            _verify_forms(path, body, said)
     except Refused as error:
         said.differs(f"{path}: {error}")
         return None
@@ -289,6 +293,23 @@ def _verify_totals(path: Path, body: dict[str, Any], read: Read, net: dict[Charg
     kind = "credit-note" if net_sum < 0 else "invoice"
     if fields.text("kind") not in (kind, "pro-forma") or not path.name.endswith(f"-{fields.text('kind')}.json"):
         said.differs(f"{path}: kind is {fields.text('kind')!r}; with net {pounds_text(net_sum)} it is a {kind}")
+
+
+def _verify_forms(path: Path, body: dict[str, Any], said: _Saying) -> None:
+    """What is beside the document in other forms says what it says: they follow from it, byte by byte."""
+    try:
+        forms = document_forms(body)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        said.differs(f"{path}: its other forms cannot be made: {type(error).__name__} {str(error)[:200]}")
+        return
+    for suffix in (".xml", ".pdf", ".csv"):
+        file = path.with_suffix(suffix)
+        if not file.is_file():
+            continue  # a counterparty may have been given the JSON alone
+        if suffix not in forms:
+            said.differs(f"{file}: is not to be there; the document is no e-invoice")
+        elif _bytes(file) != forms[suffix]:
+            said.differs(f"{file}: does not say what {path.name} says")
 
 
 def _key(row: Fields, read: Read) -> ChargeKey:

@@ -12,9 +12,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -28,15 +26,12 @@ from rating.close import CSV_HEADER, ChargeKey, csv_rows
 from rating.statements import CONTROL, PRACTICE
 from sinks.evidence import EvidenceFiles, write_whole
 from sinks.ledger import chunks
+from sinks.papers.forms import csv_text, document_forms, json_text
 
 #: From so many papers on it pays to start other processes.
 _MANY = 500
 #: After so many files it is told how far they are.
 _TOLD = 50
-_LINE_COLUMNS = (
-    "order_number", "item_id", "ods_code", "for_period", "kind", "quantity", "unit", "unit_price", "vat_rate", "net",
-    "cause", "original_document",
-)  # fmt: skip
 
 
 #: A paper's files, and its bill for the payer's Odoo, if it is one.
@@ -118,7 +113,7 @@ class Folder:
         self._papers |= {place: self._write(bodies, len(statements)) for place, bodies in enumerate(some)}
         for name, kind in (("lines.csv", "invoiced"), ("held.csv", "held")):
             rows = csv_rows(self._source.rows(self._period, kind), self._period)
-            written.append(_write_csv(self._path / name, CSV_HEADER, rows))
+            written.append(write_whole(self._path / name, csv_text(CSV_HEADER, rows).encode()))
         written += self._evidence.write_usage(partial(self._source.readings, self._period))
         bills: dict[str, list[list[str]]] = {}
         for key in (*documents, *range(len(some))):
@@ -153,15 +148,8 @@ def write_paper(folder: Path, text: str) -> Paper:
 
 
 def _write_document(folder: Path, body: dict[str, Any]) -> list[Path]:
-    from sinks.papers.pdf import document_pdf
-    from sinks.papers.ubl import ubl
-
     stem = folder / f"{safe_name(body['number'])}-{body['kind']}"
-    written = [_write(stem, ".json", json_text(body).encode()), _write(stem, ".pdf", document_pdf(body))]
-    if body["electronic"]:
-        written.append(_write(stem, ".xml", ubl(body)))
-    rows = ([line.get(column) or "" for column in _LINE_COLUMNS] for line in body["lines"])
-    return [*written, _write_csv(stem.with_name(f"{stem.name}.csv"), _LINE_COLUMNS, rows)]
+    return [_write(stem, suffix, content) for suffix, content in document_forms(body).items()]
 
 
 def _write_statement(folder: Path, body: dict[str, Any]) -> list[Path]:
@@ -191,27 +179,6 @@ def _write_odoo(folder: Path, bills: dict[str, list[list[str]]]) -> list[Path]:
 
 def _write(stem: Path, suffix: str, content: bytes) -> Path:
     return write_whole(stem.with_name(stem.name + suffix), content)
-
-
-def _write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[str]]) -> Path:
-    file = io.StringIO()
-    out = csv.writer(file, lineterminator="\n")
-    out.writerow(header)
-    out.writerows(rows)
-    return write_whole(path, file.getvalue().encode())
-
-
-def json_text(body: dict[str, Any]) -> str:
-    """JSON for people and machines: a field a line, and a line of a list a line."""
-    parts = []
-    for name, value in body.items():
-        if isinstance(value, list) and value:
-            rows = ",\n  ".join(json.dumps(each, ensure_ascii=False) for each in value)
-            text = f"[\n  {rows}\n ]"
-        else:
-            text = json.dumps(value, ensure_ascii=False)
-        parts.append(f" {json.dumps(name)}: {text}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def control_text(body: dict[str, Any]) -> str:
