@@ -24,6 +24,7 @@ from agents import period_close
 from agents.deriving import Deriving
 from rating.calendar import parse_month
 from rating.completeness import Completeness, Reported
+from rating.statements import Papers
 from sinks.accruals import Accruals
 from sinks.clickhouse import LedgerUnavailable
 from sinks.papers.files import write_files
@@ -290,6 +291,19 @@ def test_a_sink_fails_after_a_drift_was_mended(new_world: NewWorld) -> None:
         world.drain(["period-close"])
     assert len(tries) == 2
     assert world.documents.answer_since("2026-04", 1, 0) == ("closed", "")
+
+
+def test_papers_that_do_not_tie_out(new_world: NewWorld) -> None:
+    """A close whose papers contradict each other is refused aloud, and nothing of it is written; mended it closes."""
+    world = new_world()
+    metered(world)
+    practices = Papers.practices
+    with mock.patch.object(Papers, "practices", lambda papers: practices(papers)[1:]):
+        outcome, why = ask(world)
+    assert outcome == "refused"
+    assert "do not tie out: net of the practice statements" in why
+    assert not any(written(world).values())
+    assert ask(world)[0] == "closed"
 
 
 def test_a_drift_that_stays(new_world: NewWorld) -> None:
