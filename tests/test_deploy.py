@@ -237,7 +237,7 @@ def test_ports_and_probes_agree() -> None:
         probes = {each: container[each]["httpGet"] for each in container if each.endswith("Probe")}
         assert {each["port"] for each in probes.values()} == {"http"}
         assert probes["livenessProbe"]["path"] == "/health"
-        # The web has no /ready.
+        # The page is to be reached while the ledger is away, too: it says so.
         assert probes["readinessProbe"]["path"] == ("/health" if role == "web" else "/ready")
         (rule,) = policies[f"tribill-{role}"]["spec"]["ingress"]
         assert rule["ports"] == [{"port": port, "protocol": "TCP"}]
