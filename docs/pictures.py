@@ -11,6 +11,7 @@ import pypdfium2
 from rating.book import Book, Order, Reference
 from rating.calendar import first_day, parse_month
 from rating.close import ChargeKey, derive, invoice
+from rating.completeness import Completeness, Reported
 from rating.documents import Document, documents
 from rating.parties import Parties, invented, read_party_row
 from rating.records import read_contract_change, read_reference_change
@@ -88,7 +89,8 @@ def _close(period: int, book: Book, invoiced: dict[ChargeKey, int], parties: Par
     rows, held = invoice(derived, invoiced, period)
     counts = {"NHSE": 1, "QF7": 2} if period == MAY else {}
     issued = documents(rows, period, book, counts, {}, parties, issued_at)
-    return issued, Papers(period, book, rows, held, derived.wanted, issued, parties, issued_at)
+    usage = {"10030": Completeness("10030", Reported(5_106, 30_240_000_000), Reported(5_104, 30_236_000_000))}
+    return issued, Papers(period, book, rows, held, derived.wanted, issued, parties, issued_at, usage)
 
 
 def _draw(name: str, pdf: bytes) -> None:
@@ -111,6 +113,7 @@ def main() -> None:
     at = datetime(2026, 6, 3, 9, tzinfo=UTC)
     for kind, code in (("practice", "A83005"), ("ordering-party", "QF7"), ("supplier", "10002")):
         _draw(kind, statement_pdf(statements[kind, code]))
+    _draw("supplier-usage", statement_pdf(statements["supplier", "10030"]))
     # What a correction looks like, and a credit note, with what the close says of each line.
     body = next(each for each in papers.documents if each.payer == "NHSE").as_json()
     sizes = {"A83005": "8,461 to 8,512", "A83013": "15,402 to 14,975"}
