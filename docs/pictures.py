@@ -9,7 +9,7 @@ from typing import Any
 import pypdfium2
 
 from rating.book import Book, Order, Reference
-from rating.calendar import first_day, parse_month
+from rating.calendar import first_day, month_of, parse_month
 from rating.close import ChargeKey, derive, invoice
 from rating.completeness import Completeness, Reported
 from rating.documents import Document, documents
@@ -89,7 +89,10 @@ def _close(period: int, book: Book, invoiced: dict[ChargeKey, int], parties: Par
     rows, held = invoice(derived, invoiced, period)
     counts = {"NHSE": 1, "QF7": 2} if period == MAY else {}
     issued = documents(rows, period, book, counts, {}, parties, issued_at)
-    usage = {"10030": Completeness("10030", Reported(5_106, 30_240_000_000), Reported(5_104, 30_236_000_000))}
+    days = [each for used in book.usage.values() for day, each in used.items() if month_of(day) == period]
+    found = Reported(len(days), sum(days))
+    attested = Reported(found.readings + 2, found.quantity_micros + 4_000_000)
+    usage = {"10030": Completeness("10030", attested, found)}
     return issued, Papers(period, book, rows, held, derived.wanted, issued, parties, issued_at, usage)
 
 
