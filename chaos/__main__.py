@@ -92,6 +92,7 @@ def _tell(report: Report, asked: argparse.Namespace) -> int:
     for kind, count in sorted(report.happened.items()):
         print(f"  {count:4} x {kind}")
     print(f"  {report.ended:4} times a worker ended by itself and was started again")
+    print(f"  {report.unhealthy:4} times a worker said that it stands still and was killed and started again")
     for difference in report.verdict.differences:
         print(f"DIFFERENCE {difference}")
     if report.verdict.differences or report.verdict.pounds:

@@ -6,9 +6,11 @@ of this: each bug replaces some method in this process.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import re
 import select
+import signal
 import sys
 import threading
 import time
@@ -175,6 +177,7 @@ def main() -> None:
     """Plants the bug, if one is named, and hands over."""
     from tribill.cli import main as tribill
 
+    faulthandler.register(signal.SIGUSR1)
     if "faketime" in os.environ.get("LD_PRELOAD", ""):
         # With libfaketime 0.9.10, which leaves the monotonic clock alone here, Python's own sleep fails (EINVAL).
         mock.patch.object(time, "sleep", lambda seconds: select.select([], [], [], seconds)).start()

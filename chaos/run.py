@@ -29,6 +29,8 @@ LINES_A_BURST = 40
 DRAIN_SECONDS = 400
 CLOSES_AT_MOST = 12
 _STEPS_OF_A_CLOSE = 2
+#: How often workers are asked for their health.
+_HEALTH_SECONDS = 10
 _PLANTED_FAULTS = 6
 #: A worker that ends by itself so often in so many seconds will not do its work: no fault lasts as long.
 _ENDS, _ENDS_SECONDS = 8, 120
@@ -71,6 +73,8 @@ class Report:
     verdict: Verdict
     #: How often a worker ended by itself: it could not reach something while it started.
     ended: int = 0
+    #: How often a worker said that it stands still and was killed for it.
+    unhealthy: int = 0
 
 
 class Run:
@@ -90,6 +94,8 @@ class Run:
         self._closed = 0
         self._detail = ""
         self._look_at = 0.0
+        self._unhealthy = 0
+        self._health_at = 0.0
         self._steps: list[tuple[str, str]] = []
         self._ended: list[Ended] = []
 
@@ -105,7 +111,7 @@ class Run:
         verdict = self._judge()
         bugs = (each for each in self._ended if each.code == BUG_EXIT)
         verdict.note("a bug", (f"{each.worker} ended by itself, and said: {each.said[:200]}" for each in bugs))
-        return Report(self._faults.happened, verdict, len(self._ended))
+        return Report(self._faults.happened, verdict, len(self._ended), self._unhealthy)
 
     # --- while it is broken ---
 
@@ -146,6 +152,11 @@ class Run:
             self._steps.pop(0)
 
     def _look_at_dead(self) -> None:
+        if time.monotonic() > self._health_at:
+            self._health_at = time.monotonic() + _HEALTH_SECONDS
+            for worker, said in self._stack.kill_unhealthy():
+                self._say(f"{worker} is killed, for it says of its health: {said}")
+                self._unhealthy += 1
         for each in self._stack.restart_dead():
             self._say(f"{each.worker} ended by itself with exit code {each.code}")
             self._ended.append(each)

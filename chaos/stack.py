@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -223,6 +224,21 @@ class Stack:
             elif now > worker.down_until:
                 worker.down_until = 0
                 self.start_worker(worker)
+
+    def kill_unhealthy(self) -> Iterator[tuple[str, str]]:
+        """Kills what says that it stands still, as Kubernetes does by its liveness probe; tells its words."""
+        for worker in self.workers:
+            if worker.process is None or worker.process.exit_code is not None or worker.paused:
+                continue
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{worker.port}/health", timeout=1).close()
+            except urllib.error.HTTPError as answer:
+                yield worker.name, answer.read().decode()
+                os.kill(worker.process.pid, signal.SIGUSR1)  # where its threads stand, in its log
+                time.sleep(0.5)
+                worker.process.kill()
+            except OSError:
+                continue  # it starts, or is too busy to say
 
     def ready(self, worker: Worker) -> bool:
         """Whether it says that it holds partitions."""
