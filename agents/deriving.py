@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from agents.context import Context
 from agents.explaining import Changes, Explained, Explaining
@@ -68,6 +68,11 @@ class Derived:
         if attested and silent:
             said.append(f"no attestation of {', '.join(silent[:10])}{' and others' if len(silent) > 10 else ''}")
         return "; ".join(said)
+
+
+def has_ended(period: int) -> bool:
+    """Whether the period is over, by the clock of this machine."""
+    return datetime.now(UTC) >= month_start(period + 1)
 
 
 def attestation_deadline(period: int, days: int) -> datetime:

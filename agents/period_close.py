@@ -37,7 +37,7 @@ import structlog
 
 from agents.collector import collector_paused
 from agents.context import Context
-from agents.deriving import Derived, Deriving, Issue, attestation_deadline
+from agents.deriving import Derived, Deriving, Issue, attestation_deadline, has_ended
 from agents.drift import drift_pence
 from agents.reconcile import Reconcile
 from agents.usage import TOTALS_SCHEMA, totals_block
@@ -241,9 +241,11 @@ class PeriodClose(Agent):
                 f"{text} cannot be closed: {month_text(closed[-1])} was closed last, so "
                 f"{month_text(closed[-1] + 1)} is next; periods close in order without gaps"
             )
-        ended = month_start(period + 1)
-        if not self._context.settings.close_any_period and datetime.now(UTC) < ended:
-            raise CloseRefused(f"{text} can be closed from {ended.isoformat()} on")
+        if not self._context.settings.close_any_period and not has_ended(period):
+            raise CloseRefused(
+                f"{text} can be closed from {month_start(period + 1).isoformat()} on (before, only by a worker whose "
+                "setting close_any_period is true, and what it closes says so)"
+            )
         return period
 
     def _fix(self, request: Request) -> None:
@@ -424,6 +426,8 @@ class PeriodClose(Agent):
     def _decide(self, derived: Derived, lag: str, request: Request) -> Decision:
         """What was found and accepted.  Raises CloseRefused for what was not, NotYet while a drift is being mended."""
         text, accepted = month_text(derived.period), [lag] if lag else []
+        if not has_ended(derived.period):
+            accepted.append("the period had not ended (close_any_period)")
         limit, units = self._suspense_limit_micros, derived.suspense_micros
         if limit is not None and units > limit:
             found = f"usage of {micros_text(units)} units in suspense, more than {micros_text(limit)}"

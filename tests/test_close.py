@@ -101,7 +101,7 @@ def written(world: World) -> dict[str, int]:
 
 
 def statement(world: World, kind: str, code: str = "") -> dict[str, Any]:
-    """A statement of April."""
+    """A statement of the one period that is closed."""
     [(body,)] = world.clickhouse.query(
         "SELECT body FROM statements FINAL WHERE kind = {kind:String} AND code = {code:String}",
         {"kind": kind, "code": code},
@@ -216,6 +216,16 @@ def test_what_nothing_accepts(new_world: NewWorld) -> None:
     outcome, why = ask(world, *everything, period="2026-06")
     assert (outcome, "so 2026-05 is next" in why) == ("refused", True)
     assert ask(world, *everything, period="2026-03")[0] == "refused"
+
+
+def test_a_period_that_has_not_ended(new_world: NewWorld) -> None:
+    """The setting that allows it is on record: whoever has the documents sees that they came early."""
+    world = new_world(close_any_period=True)
+    metered(world)
+    early = "the period had not ended (close_any_period)"
+    outcome, detail = ask(world, period="2199-01")
+    assert (outcome, f"accepted by tester: {early}" in detail) == ("closed", True)
+    assert statement(world, "control")["accepted"] == [early]
 
 
 def test_a_kill_at_any_step_of_a_refusal(new_world: NewWorld) -> None:

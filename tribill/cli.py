@@ -245,7 +245,7 @@ def close(
 
     Asking for a closed period answers with its documents.  What is accepted is recorded with the close,
     under your name, and stands on its control sheet.  A period that has not ended, or is not the next
-    one, cannot be closed: there is no switch for that, but a --preview.
+    one, is refused: there is no switch for that here, but a --preview.
     """
     from rating.calendar import parse_month
     from rating.statements import OutOfBalance

@@ -9,7 +9,7 @@ from typing import Any
 
 from agents.collector import collector_paused
 from agents.context import Context
-from agents.deriving import Deriving, Issue, attestation_deadline
+from agents.deriving import Deriving, Issue, attestation_deadline, has_ended
 from agents.drift import drift_pence
 from rating.amounts import micros, micros_text, pounds_text
 from rating.calendar import month_start, month_text
@@ -106,9 +106,12 @@ class Preview:
         settings, text = self._context.settings, month_text(self._period)
         if self._closed and self._period != self._closed[-1] + 1:
             yield f"refused: {month_text(self._closed[-1] + 1)} is to be closed before {text}"
-        ended = month_start(self._period + 1)
-        if not settings.close_any_period and datetime.now(UTC) < ended:
-            yield f"refused: {text} can be closed from {ended.isoformat()} on; charges by time are of the whole month"
+        if not has_ended(self._period):
+            ended = f"{month_start(self._period + 1).isoformat()}; charges by time are of the whole month"
+            if settings.close_any_period:
+                yield f"has not ended before {ended}, and its control sheet will say so (close_any_period)"
+            else:
+                yield f"refused: {text} can be closed from {ended}"
         for stage, behind in self.lag.items():
             if behind:
                 yield f"waits for {stage}: {behind} records to do, which the preview may lack"
