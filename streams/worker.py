@@ -27,6 +27,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import faust
+import numpy as np
+import polars as pl
 import prometheus_client
 import structlog
 from aiokafka.errors import KafkaError
@@ -151,6 +153,9 @@ class Worker:
             ],
             logger_factory=structlog.PrintLoggerFactory(sys.__stderr__),
         )
+        # polars binds numpy when it first meets an array, and two lanes that are the first at once break it: now and
+        # then a worker ended with a TypeError in its `_LazyModule._import`, of which `make chaos` told.
+        pl.Series(np.empty(0))
         # What a fetch holds is many objects in no cycle: to look through them took half of the time of reading them.
         gc.freeze()
         gc.set_threshold(_GARBAGE_OBJECTS)

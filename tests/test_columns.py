@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -183,3 +185,18 @@ def test_a_number_written_longer_than_it_need_be(padding: int) -> None:
     head = b"\0" + USAGE.to_bytes(4, "big")
     first, second = decode([head + usual, head + longer], USAGE).frame.rows()
     assert first == second
+
+
+def test_polars_knows_numpy_before_there_are_lanes() -> None:
+    """It binds it when it first meets an array; two lanes of a worker that do so at once ended it with a TypeError."""
+    program = """
+import polars
+from unittest import mock
+from streams import worker
+with mock.patch.object(worker.faust, "Worker"):
+    worker.Worker.run(mock.Mock())
+from polars import _dependencies
+print(type(_dependencies.numpy).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["module"]
