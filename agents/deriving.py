@@ -15,7 +15,7 @@ from agents.explaining import Changes, Explained, Explaining
 from rating.amounts import micros_text
 from rating.book import Book, Service
 from rating.calendar import month_start
-from rating.close import ChargeKey, Derivation, derive, invoice
+from rating.close import Amounts, ChargeKey, Derivation, derive, invoice
 from rating.completeness import Completeness, Reported, completeness
 from rating.documents import Document, documents
 from rating.evidence import Known
@@ -35,7 +35,7 @@ class Derived:
     changes: Changes
     known: Known
     derivation: Derivation
-    invoiced: Rows
+    invoiced: Amounts
     rows: Rows
     held: Rows
     completeness: Mapping[str, Completeness]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from agents.context import Context
 from rating.book import Book, Order, Reference, Service
 from rating.causes import Cause, Causes
-from rating.close import ChargeKey
+from rating.close import Amounts, ChargeKey
 from rating.documents import Document
 from rating.evidence import Evidence, Known, Readings, Said
 from rating.records import read_contract_change, read_reference_change
@@ -86,7 +86,7 @@ class Explaining:
         cut: Cut,
         changes: Changes,
         known: Known,
-        invoiced: Mapping[ChargeKey, int],
+        invoiced: Amounts,
         documents: Sequence[Document],
     ) -> Explained:
         """Finds causes and evidence, and names the causes in the documents.

@@ -226,7 +226,7 @@ def close_before(clickhouse: ClickHouse, book: Book, period: int) -> None:
     with collector_paused():
         derived = derive(book, period - 1)
     by_month: dict[int, dict[ChargeKey, int]] = {}
-    for key, pence in derived.payable.items():
+    for key, pence in invoice(derived, {}, period - 1)[0].items():
         by_month.setdefault(key.month, {})[key] = pence
     issued: dict[str, int] = {}
     for month, rows in sorted(by_month.items()):

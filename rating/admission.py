@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from rating import records as said
-from rating.book import Order
+from rating.book import Order, standing
 from rating.calendar import first_day, month_of
 from rating.records import (
     ContractChange,
@@ -90,9 +90,10 @@ class OrderLog:
         if isinstance(body, said.Retracted):
             if all(body.change_id != earlier.id for earlier in self.accepted):
                 raise Refused(f"{where}.change_id", f"{body.change_id!r} is no earlier change of {self.number}")
+            self._check_revived(change, f"{where}.change_id")
             return
         if isinstance(body, said.OrderPlaced):
-            self._check_placing(body, where)
+            _check_placing(order, body, where)
             return
         if not order.headers:
             raise Refused("order_number", f"{self.number} has not been placed")
@@ -106,20 +107,17 @@ class OrderLog:
             for line in lines:
                 self._check_price(body, line.price.at(body.first), f"{where}.price", line.ods_code)
 
-    def _check_placing(self, body: said.OrderPlaced, where: str) -> None:
-        order = self.order
-        if body.order_id in order.headers:
-            raise Refused(f"{where}.order_id", f"{body.order_id} has been placed already")
-        if order.headers and body.header != order.header:
-            names = [
-                name for name in said.Header.__slots__ if getattr(body.header, name) != getattr(order.header, name)
-            ]
-            raise Refused(where, f"does not repeat the order's header as first written: {', '.join(names)}")
-        seen = set(order.lines)
-        for index, line in enumerate(body.lines):
-            if (line.item_id, line.ods_code) in seen:
-                raise Refused(f"{where}.lines[{index}]", f"repeats the line {line.item_id} at {line.ods_code}")
-            seen.add((line.item_id, line.ods_code))
+    def _check_revived(self, retraction: ContractChange, where: str) -> None:
+        """A retraction that is retracted may bring a placing back: what then stands is consistent, too."""
+        order = Order(self.number)
+        for change in standing([*self.accepted, retraction]):
+            if isinstance(change.body, said.OrderPlaced):
+                try:
+                    _check_placing(order, change.body, where)
+                except Refused as error:
+                    reason = f"brings back a placing that {change.id!r} contradicts: {error.reason}"
+                    raise Refused(where, reason) from None
+                order.apply(change.body)
 
     def _check_price(self, body: said.PriceAgreed, now: said.Price, where: str, ods_code: str) -> None:
         new = body.price
@@ -132,6 +130,20 @@ class OrderLog:
         changes_kind = (new.type, new.calculation) != (now.type, now.calculation)
         if changes_kind and body.first != first_day(month_of(body.first)):
             raise Refused(f"{where}.type", "type and calculation change from the first of a month only")
+
+
+def _check_placing(order: Order, body: said.OrderPlaced, where: str) -> None:
+    """Raises Refused where a placing is not consistent with the order that stands before it."""
+    if body.order_id in order.headers:
+        raise Refused(f"{where}.order_id", f"{body.order_id} has been placed already")
+    if order.headers and body.header != order.header:
+        names = [name for name in said.Header.__slots__ if getattr(body.header, name) != getattr(order.header, name)]
+        raise Refused(where, f"does not repeat the order's header as first written: {', '.join(names)}")
+    seen = set(order.lines)
+    for index, line in enumerate(body.lines):
+        if (line.item_id, line.ods_code) in seen:
+            raise Refused(f"{where}.lines[{index}]", f"repeats the line {line.item_id} at {line.ods_code}")
+        seen.add((line.item_id, line.ods_code))
 
 
 class CodeLog:

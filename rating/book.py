@@ -206,9 +206,7 @@ class Order:
         for placed in body.lines:
             service = (placed.item_id, placed.ods_code)
             if service in self.lines:
-                # Two revisions with one line can stand together only when a retraction was
-                # itself retracted after the line was placed anew: the earlier placing stands.
-                continue
+                continue  # admission refuses a line placed twice; evidence that a hand has changed may have one
             line = Line(
                 key=(self.number, *service),
                 order=self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import calendar as _calendar
+import re
 from datetime import UTC, date, datetime
 from functools import lru_cache
 from zoneinfo import ZoneInfo
@@ -14,6 +15,9 @@ FOREVER = date.max.toordinal()
 LAST_MONTH = date.max.year * 12 + date.max.month - 1
 #: Earlier than any day that a contract speaks of.
 NEVER = 0
+
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
+_INSTANT = re.compile(r"\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}:\d{2}(\.\d+)?([Zz]|[+-]\d{2}:[0-5]\d)?", re.ASCII)
 
 
 def month_of(day: int) -> int:
@@ -46,6 +50,36 @@ def parse_month(text: str) -> int:
     if not (text[:4] + text[5:]).isdigit() or not 1 <= int(text[5:]) <= 12 or not 1 <= int(text[:4]) <= 9998:
         raise ValueError(f"{text!r} is not a month like 2026-04")
     return int(text[:4]) * 12 + int(text[5:]) - 1
+
+
+def parse_date(text: str) -> date:
+    """`2026-04-01` as a date.  Raises ValueError, which says what it is not, for any other form that ISO 8601 has."""
+    try:
+        if _DATE.fullmatch(text):
+            return date.fromisoformat(text)
+    except ValueError:
+        pass
+    raise ValueError("not a date like 2026-04-01")
+
+
+def parse_instant(text: str) -> datetime:
+    """An instant as RFC 3339 has it: with seconds and an offset.  Raises ValueError, which says what is wrong.
+
+    >>> parse_instant("2026-04-01T09:00:00.5+01:00").astimezone(UTC).isoformat()
+    '2026-04-01T08:00:00.500000+00:00'
+    """
+    wrong = "not an instant like 2026-04-01T09:00:00Z"
+    if (found := _INSTANT.fullmatch(text)) is None:
+        raise ValueError(wrong)
+    fraction, offset = found.groups()
+    if fraction and len(fraction.rstrip("0")) > 7:
+        raise ValueError("finer than a microsecond")
+    if not offset:
+        raise ValueError("without an offset; end it with Z or +01:00")
+    try:
+        return datetime.fromisoformat(text.upper())
+    except ValueError:
+        raise ValueError(wrong) from None
 
 
 @lru_cache(maxsize=4096)

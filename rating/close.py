@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 from rating.amounts import Exact, pence, pounds_text
@@ -27,6 +27,28 @@ class ChargeKey(NamedTuple):
     month: int
 
 
+class Portion(NamedTuple):
+    """What is left of a `ChargeKey` within a line."""
+
+    supplier_id: str
+    payer: str
+    month: int
+
+
+#: Pence by line, of each by supplier, payer and month: what there may be millions of is kept so.
+Amounts = dict[LineKey, dict[Portion, int]]
+#: Equal portions of all lines are one.
+portion_of = lru_cache(maxsize=65_536)(Portion)
+
+
+def by_line(amounts: Mapping[ChargeKey, int]) -> Amounts:
+    """Amounts by charge key, by line."""
+    found: Amounts = {}
+    for key, amount in amounts.items():
+        found.setdefault(key[:3], {})[portion_of(*key[3:])] = amount
+    return found
+
+
 class ChargeRow(NamedTuple):
     """A row of lines.csv or held.csv, as text, in the order of its columns."""
 
@@ -46,10 +68,10 @@ Months = dict[int, list[Group]]
 
 @dataclass(slots=True)
 class Derivation:
-    """What all lines have earned up to a period: pence by charge key, and the exact charge of each month."""
+    """What all lines have earned up to a period: pence by line and portion, and the exact charge of each month."""
 
-    payable: dict[ChargeKey, int] = field(default_factory=dict)
-    held: dict[ChargeKey, int] = field(default_factory=dict)
+    payable: Amounts = field(default_factory=dict)
+    held: Amounts = field(default_factory=dict)
     charges: dict[LineKey, dict[int, Exact]] = field(default_factory=dict)
     wanted: dict[tuple[str, int], Exact] = field(default_factory=dict)
 
@@ -101,33 +123,41 @@ def derive(book: Book, period: int) -> Derivation:
 
 def _earn(line: Line, months: Months, until: int, coverage: Coverage, derived: Derivation) -> None:
     """Rounds what a line has earned month by month, and each payer's part of it (3.10)."""
-    into = derived.payable if line.payable(until) else derived.held
-    order_number, item_id, ods_code = line.key
+    earned = (derived.payable if line.payable(until) else derived.held)[line.key] = {}
     supplier_id = line.order.header.supplier_id
     entitlement = Entitlement()
     for month, split in months.items():
         shares = settle(split, month, coverage)
         growth = entitlement.add_month(charge_of(split), shares, partial(payer_order, line, month))
         for payer, grown in growth.items():
-            into[ChargeKey(order_number, item_id, ods_code, supplier_id, payer, month)] = grown
+            earned[portion_of(supplier_id, payer, month)] = grown
 
 
 def invoice(
-    derived: Derivation, invoiced: Mapping[ChargeKey, int], period: int
+    derived: Derivation, invoiced: Mapping[LineKey, Mapping[Portion, int]], period: int
 ) -> tuple[dict[ChargeKey, int], dict[ChargeKey, int]]:
     """What the close of a period invoices and what it holds, in pence by charge key, zeros left out.
 
     Invoiced is the newly derived amount, if payable, less all that was invoiced before; a key no
     longer derived counts as 0.
     """
-    rows = {}
-    for key, amount in derived.payable.items():
-        if difference := amount - invoiced.get(key, 0):
-            rows[key] = difference
-    for key, amount in invoiced.items():
-        if amount and key not in derived.payable:
-            rows[key] = -amount
-    return rows, dict(derived.held)
+    rows, nothing = {}, dict[Portion, int]()
+    for line, amounts in derived.payable.items():
+        before = invoiced.get(line, nothing)
+        for portion, amount in amounts.items():
+            if difference := amount - before.get(portion, 0):
+                rows[ChargeKey(*line, *portion)] = difference
+    for line, before in invoiced.items():
+        amounts = derived.payable.get(line, nothing)
+        for portion, amount in before.items():
+            if amount and portion not in amounts:
+                rows[ChargeKey(*line, *portion)] = -amount
+    held = {
+        ChargeKey(*line, *portion): amount
+        for line, amounts in derived.held.items()
+        for portion, amount in amounts.items()
+    }
+    return rows, held
 
 
 def csv_rows(amounts: Mapping[ChargeKey, int], period: int) -> list[ChargeRow]:

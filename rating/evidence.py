@@ -33,7 +33,7 @@ from rating.amounts import GRAINS, MICRO_GRAINS, MICROS, Exact, micros_text, pen
 from rating.book import Book, Line, LineKey, Order, Reference, Service
 from rating.calendar import FOREVER, financial_year, last_day, month_text, parse_month
 from rating.charges import iso, rated_together
-from rating.close import ChargeKey, Derivation, invoice, rate_lines
+from rating.close import Amounts, ChargeKey, Derivation, by_line, invoice, portion_of, rate_lines
 from rating.documents import Document
 from rating.funding import Coverage, allocation_exact, charge_of, draw_down, payer_order, settle
 from rating.records import (
@@ -101,7 +101,7 @@ class Evidence:
     def __init__(
         self,
         known: Known,
-        invoiced: Mapping[ChargeKey, int],
+        invoiced: Amounts,
         readings: Mapping[Service, Mapping[int, Readings]],
         months: Iterable[int],
     ) -> None:
@@ -109,12 +109,12 @@ class Evidence:
         self._known = known
         self._readings = readings
         self._months = [month_text(month) for month in sorted(months)]
-        self._invoiced: dict[tuple[str, str], dict[tuple[str, str], dict[LineKey, dict[int, int]]]] = {}
-        for key, amount in invoiced.items():
-            if amount:
-                of_parties = self._invoiced.setdefault((key.payer, key.supplier_id), {})
-                of_item = of_parties.setdefault((key.order_number, key.item_id), {})
-                of_item.setdefault(key[:3], {})[key.month] = amount
+        self._invoiced = invoiced
+        #: The lines that a supplier has invoiced a payer for, by order and item.
+        self._lines_of: dict[tuple[str, str], dict[tuple[str, str], list[LineKey]]] = {}
+        for line, amounts in invoiced.items():
+            for parties in {each[:2] for each, amount in amounts.items() if amount}:
+                self._lines_of.setdefault(parties, {}).setdefault(line[:2], []).append(line)
         self._said: dict[str, _SaidOfOrder] = {}
         self._allocated: dict[str, list[dict[str, Any]]] = {}
         self._wanted: dict[str, dict[int, Exact]] = {}
@@ -258,8 +258,14 @@ class Evidence:
 
     def _invoiced_before(self, document: Document) -> list[dict[LineKey, dict[int, int]]]:
         """What the payer was invoiced before for the orders' items on the document: by line and month, in pence."""
-        of_parties = self._invoiced.get((document.payer, document.supplier_id), {})
-        return [of_parties.get(each, {}) for each in sorted({(key[0], key[1]) for key in document.rows})]
+        parties = (document.supplier_id, document.payer)
+        of_parties = self._lines_of.get(parties, {})
+
+        def months(line: LineKey) -> dict[int, int]:
+            return {each.month: pence for each, pence in self._invoiced[line].items() if pence and each[:2] == parties}
+
+        items = sorted({(key.order_number, key.item_id) for key in document.rows})
+        return [{line: months(line) for line in of_parties.get(item, ())} for item in items]
 
 
 def _names(key: ChargeKey) -> dict[str, str]:
@@ -367,9 +373,9 @@ def rederive(read: Read) -> dict[ChargeKey, int]:
             shares = settle(split, month, coverage)
             grown = entitlement.add_month(charge_of(split), shares, partial(payer_order, line, month))
             if read.payer in grown:
-                key = ChargeKey(*line.key, read.supplier_id, read.payer, month)
-                derived.payable[key] = grown[read.payer]
-    return invoice(derived, read.invoiced, read.period)[0]
+                portion = portion_of(read.supplier_id, read.payer, month)
+                derived.payable.setdefault(line.key, {})[portion] = grown[read.payer]
+    return invoice(derived, by_line(read.invoiced), read.period)[0]
 
 
 def _coverage(read: Read) -> Coverage:

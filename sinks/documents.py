@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from rating.calendar import month_text, parse_month
-from rating.close import ChargeKey
+from rating.close import Amounts, ChargeKey, portion_of
 from rating.completeness import Reported
 from rating.documents import Document
 from rating.statements import Statement
@@ -159,20 +159,27 @@ class Documents:
 
     # --- what is invoiced ---
 
-    def invoiced_before(self, period: int) -> dict[ChargeKey, int]:
-        """All that was invoiced in earlier periods, in pence by charge key."""
+    def invoiced_before(self, period: int) -> Amounts:
+        """All that was invoiced in earlier periods, in pence by line."""
         rows = self._clickhouse.stream(
             """
-            SELECT toLowCardinality(order_number), item_id, toLowCardinality(ods_code), supplier_id,
-                   toLowCardinality(payer), month, sum(pence)
-            FROM document_rows FINAL
-            WHERE kind = 'invoiced' AND period < {period:String}
-            GROUP BY order_number, item_id, ods_code, supplier_id, payer, month
+            SELECT toLowCardinality(order_number), item_id, toLowCardinality(ods_code),
+                   groupArray(supplier_id), groupArray(toLowCardinality(payer)), groupArray(month), groupArray(total)
+            FROM (
+                SELECT order_number, item_id, ods_code, supplier_id, payer, month, sum(pence) AS total
+                FROM document_rows FINAL
+                WHERE kind = 'invoiced' AND period < {period:String}
+                GROUP BY order_number, item_id, ods_code, supplier_id, payer, month
+            )
+            GROUP BY order_number, item_id, ods_code
             """,
             {"period": month_text(period)},
         )
         # There may be millions: of equal texts of low cardinality a block has one.
-        return {ChargeKey._make(row[:6]): row[6] for row in rows}
+        return {
+            (order_number, item_id, ods_code): dict(zip(map(portion_of, *portions), pence, strict=True))
+            for order_number, item_id, ods_code, *portions, pence in rows
+        }
 
     def issued_before(self, period: int) -> dict[str, int]:
         """How many documents of its series each payer has issued in earlier periods."""

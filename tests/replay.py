@@ -14,7 +14,7 @@ from agents.intake import check
 from rating.admission import CodeLog, OrderLog
 from rating.book import Book, Order, Reference
 from rating.calendar import london_day, month_start, parse_month
-from rating.close import ChargeKey, ChargeRow, csv_rows, derive, invoice
+from rating.close import ChargeKey, ChargeRow, by_line, csv_rows, derive, invoice
 from rating.records import Refused
 from streams.codec import from_interchange
 
@@ -85,7 +85,7 @@ class Replay:
         if period in self.closed:
             return
         derived = derive(self.book(), period)
-        rows, held = invoice(derived, self.invoiced, period)
+        rows, held = invoice(derived, by_line(self.invoiced), period)
         for key, pence in rows.items():
             self.invoiced[key] = self.invoiced.get(key, 0) + pence
         self.closed.append(period)

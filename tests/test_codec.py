@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import threading
+from datetime import UTC
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import fastavro
@@ -14,6 +15,7 @@ from fastavro.utils import generate_many
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rating.calendar import parse_date, parse_instant
 from rating.records import Refused
 from streams.codec import (
     Codec,
@@ -25,6 +27,7 @@ from streams.codec import (
     to_interchange,
 )
 from streams.settings import Settings
+from tests.oracle.oracle import Refusal, to_date, to_instant
 from tests.oracle.strategies import books
 
 CODEC = Codec(Settings())
@@ -74,6 +77,8 @@ def test_random_bytes_are_refused_or_read(body: bytes, number: int) -> None:
         ("Usage", {"quantity": "-1"}, "quantity"),
         ("Usage", {"occurred_at": "2026-04-03T10:00:00"}, "occurred_at"),
         ("Usage", {"occurred_at": "yesterday"}, "occurred_at"),
+        ("Usage", {"occurred_at": "2026-04-03T10:00Z"}, "occurred_at"),
+        ("Usage", {"occurred_at": "2026-04-03T10:00:00.0000001Z"}, "occurred_at"),
         ("Usage", {"revision": "1"}, "revision"),
         ("Usage", {"revision": True}, "revision"),
         ("Usage", {"id": None}, "id"),
@@ -94,6 +99,52 @@ def test_what_does_not_fit_is_refused_by_field(name: str, value: dict, field: st
     with pytest.raises(Refused) as refused:
         from_interchange(name, good | value)
     assert refused.value.field == field
+
+
+def written_oddly(source: str) -> st.SearchStrategy[str]:
+    """An instant with a few of its characters left out or replaced."""
+    edit = st.tuples(st.integers(0, len(source) - 1), st.sampled_from(["", *"09TtZz +:"]))
+    return st.lists(edit, max_size=3).map(
+        lambda edits: "".join(dict(edits).get(at, character) for at, character in enumerate(source))
+    )
+
+
+@given(
+    st.one_of(
+        written_oddly("2026-04-03T10:00:00Z"),
+        written_oddly("2024-02-29T23:59:59.1234560+01:00"),
+        st.sampled_from(
+            ["2026-04-03T10:00Z", "2026-W14-5T10:00:00Z", "20260403T100000Z", "2026-04-03T10:00:00+0100",
+             "2026-04-03T10:00:60Z", "2026-04-03T24:00:00Z", "2026-04-03T10:00:00+01:60", "٢026-04-03T10:00:00Z",
+             "2026-04-03T10:00:00,5Z", "2026-04-03T10:00:00.Z", "2026-04-03T10:00:00-00:00"]
+        ),
+    )
+)  # fmt: skip
+def test_instants_are_those_of_rfc_3339(text: str) -> None:
+    """No other form that Python or ISO 8601 know is read, and none is rounded: as the oracle reads them."""
+    try:
+        expected = to_instant(text, "occurred_at")
+    except Refusal:
+        expected = None
+    try:
+        found = parse_instant(text).astimezone(UTC)
+    except ValueError:
+        found = None
+    assert found == expected
+
+
+@given(written_oddly("2026-04-03"))
+def test_dates_are_those_of_rfc_3339(text: str) -> None:
+    """Nor is a week's day or a number of the year one."""
+    try:
+        expected = to_date(text, "date")
+    except Refusal:
+        expected = None
+    try:
+        found = parse_date(text)
+    except ValueError:
+        found = None
+    assert found == expected
 
 
 def test_released_schemas_stay_readable() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from click.testing import CliRunner
@@ -111,3 +112,18 @@ def test_a_party_file_is_bounded(tmp_path: Path) -> None:
     assert [str(each) for each in import_parties(path, max_bytes=69_999)] == [f"{path}: is larger than 69,999 bytes"]
     [problem] = import_parties(path)
     assert "more than 65,536 bytes" in str(problem)
+
+
+@pytest.mark.parametrize(
+    "closes",
+    [["--close", "2026-04", "2026-05", "--close", "2026-06"], ["--close=2026-04", "2026-05", "--close", "2026-06"]],
+)
+def test_several_closes(tmp_path: Path, closes: list[str]) -> None:
+    """After one --close or one each: they are closed in the order named, and a period is never taken for a file."""
+    path = order_file(tmp_path)
+    with mock.patch("tribill.run.run", return_value=[]) as run:
+        done = CliRunner().invoke(cli, ["run", str(path), *closes, "--out", str(tmp_path)])
+        assert done.exit_code == 0, done.output
+        assert run.call_args[0][:2] == ((path,), ("2026-04", "2026-05", "2026-06"))
+        assert CliRunner().invoke(cli, ["run", "--close", "2026-04", "2026-05"]).exit_code == 2
+        assert CliRunner().invoke(cli, ["run", str(path), "2026-05"]).exit_code == 2

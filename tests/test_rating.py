@@ -27,7 +27,7 @@ from rating.calendar import (
     parse_month,
 )
 from rating.charges import MonthCharge, rate_month, tiered_cost
-from rating.close import Derivation, derive
+from rating.close import Derivation, derive, invoice
 from rating.funding import allocation_exact, draw_down, groups
 from rating.records import Funding, Price, Refused, Tier, read_contract_change
 from rating.rounding import Entitlement
@@ -86,12 +86,9 @@ class World:
 
     def pence(self, until: str, payer: str = PARTY, ods_code: str = PRACTICE) -> list[int]:
         """What a payer is charged for a line, from April 2026 month by month."""
-        derived = derive(self.book(), parse_month(until))
-        found = {
-            key.month: amount
-            for key, amount in derived.payable.items()
-            if (key.payer, key.ods_code) == (payer, ods_code)
-        }
+        period = parse_month(until)
+        rows, _ = invoice(derive(self.book(), period), {}, period)
+        found = {key.month: amount for key, amount in rows.items() if (key.payer, key.ods_code) == (payer, ods_code)}
         return [found.get(month, 0) for month in range(APRIL, parse_month(until) + 1)]
 
 
@@ -320,9 +317,9 @@ def test_held_until_m2() -> None:
     """3.8: M2 releases all that accrued since M1; one-offs need none."""
     world = World(line(flat(30_000_000, "month")))
     world.milestone(PRACTICE, "M2", "2026-06-30")
-    held, released = derive(world.book(), parse_month("2026-05")), derive(world.book(), parse_month("2026-06"))
-    assert (sum(held.payable.values()), sum(held.held.values())) == (0, 60_00)
-    assert (sum(released.payable.values()), sum(released.held.values())) == (90_00, 0)
+    for month, expected in (("2026-05", (0, 60_00)), ("2026-06", (90_00, 0))):
+        rows, held = invoice(derive(world.book(), parse_month(month)), {}, parse_month(month))
+        assert (sum(rows.values()), sum(held.values())) == expected
 
 
 def test_a_waterfall_step_by_step() -> None:
@@ -408,9 +405,9 @@ _PRICE = {"type": "flat", "provisioning": "declarative", "unit": "u", "time_unit
 _REST = [{"payer": "X", "take": "rest"}]
 
 
-def change(kind: str, change_id: str = "c1", **body: Any) -> dict[str, Any]:
+def change(kind: str, id_: str = "c1", /, **body: Any) -> dict[str, Any]:
     return {
-        "id": change_id,
+        "id": id_,
         "order_number": "C010001",
         "recorded_at": "2026-03-01T09:00:00Z",
         "change": {kind: body},
@@ -472,6 +469,39 @@ def test_a_change_that_does_not_fit_its_order_is_refused(value: dict[str, Any], 
     with pytest.raises(Refused):
         log.admit(value)
     assert len(log.accepted) == 1
+
+
+@pytest.mark.parametrize(
+    "anew",
+    [placed(vat_rate="0.1"), placed(ordering_party="Q"), placed(order_id="C010001-02"), placed(lines=[])],
+    ids=["other rate", "other party", "the line in another revision", "no line"],
+)
+def test_a_retraction_brings_no_second_placing_back(anew: dict[str, Any]) -> None:
+    """1, 2.4: each order is placed once and no line twice, also when a retraction is retracted; what is free is not."""
+    log = OrderLog("C010001")
+    log.admit(placed())
+    log.admit(change("Retracted", "gone", change_id="placed"))
+    log.admit(anew | {"id": "anew"})
+    with pytest.raises(Refused, match="'anew' contradicts") as refused:
+        log.admit(change("Retracted", "back", change_id="gone"))
+    assert refused.value.field == "change.Retracted.change_id"
+    assert log.order.header.ordering_party == anew["change"]["OrderPlaced"]["ordering_party"]
+    log.admit(change("Retracted", "anew gone", change_id="anew"))
+    log.admit(change("Retracted", "back at last", change_id="gone"))
+    assert log.order.header == OrderLog("C010001").admit(placed()).body.header  # type: ignore[union-attr]
+    with pytest.raises(Refused, match="'anew' contradicts"):
+        log.admit(change("Retracted", "both", change_id="anew gone"))
+
+
+@pytest.mark.parametrize(("rate", "micros"), [("0.2", 200_000), ("20", 200_000), ("17.5", 175_000), ("1", 1_000_000)])
+def test_a_rate_of_vat_in_per_cent(rate: str, micros: int) -> None:
+    """Above one it can mean nothing else; and it is no more than all."""
+    body = read_contract_change(placed(vat_rate=rate)).body
+    assert isinstance(body, said.OrderPlaced)
+    assert body.header.vat_rate_micros == micros
+    for wrong in ("100.01", "20.00001"):
+        with pytest.raises(Refused, match="no rate"):
+            read_contract_change(placed(vat_rate=wrong))
 
 
 def test_an_id_said_again() -> None:
@@ -545,8 +575,8 @@ def test_payers_pay_what_the_line_costs(lines: list[dict[str, Any]]) -> None:
     """3.10: the payers' pence of a line sum to its exact entitlement, rounded once."""
     _, _, derived = derived_of(lines)
     paid: dict[tuple[str, str, str], int] = {}
-    for key, amount in itertools.chain(derived.payable.items(), derived.held.items()):
-        paid[key[:3]] = paid.get(key[:3], 0) + amount
+    for key, amounts in itertools.chain(derived.payable.items(), derived.held.items()):
+        paid[key] = paid.get(key, 0) + sum(amounts.values())
     for key, months in derived.charges.items():
         assert paid.get(key, 0) == round_half_away(sum(months.values()), GRAINS)
 

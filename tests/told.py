@@ -9,7 +9,7 @@ from typing import Any
 
 from rating.book import Service
 from rating.calendar import london_day, month_of, parse_month
-from rating.close import ChargeKey, csv_rows, derive, invoice
+from rating.close import ChargeKey, by_line, csv_rows, derive, invoice
 from rating.documents import Document, documents
 from rating.evidence import Evidence, Known, Readings, Said
 from rating.parties import Parties
@@ -84,7 +84,7 @@ class Told(Replay):
             return
         book = self.book()
         derived = derive(book, period)
-        rows, held = invoice(derived, self.invoiced, period)
+        rows, held = invoice(derived, by_line(self.invoiced), period)
         parties = Parties.fold([], specimen=True)
         issued = documents(rows, period, book, self.issued, self.rates, parties, ISSUED)
         known = Known(
@@ -95,7 +95,7 @@ class Told(Replay):
         )
         readings = self.readings()
         months = {month_of(day) for days in readings.values() for day in days}
-        evidence = Evidence(known, dict(self.invoiced), readings, months)
+        evidence = Evidence(known, by_line(self.invoiced), readings, months)
         self.told.append(ToldClose(period, known, rows, issued, [evidence.of(document) for document in issued]))
         for document in issued:
             self.issued[document.payer] = self.issued.get(document.payer, 0) + 1

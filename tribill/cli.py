@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -83,14 +84,29 @@ def migrate(context: click.Context) -> None:
     click.echo(f"topics created: {', '.join(created) or 'none missing'}")
 
 
-@cli.command()
+class _SeveralCloses(click.Command):
+    """`--close 2026-04 2026-05` as `--close 2026-04 --close 2026-05`: an option of click takes one value."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        apart: list[str] = []
+        closing = False
+        for each in args:
+            period = re.fullmatch(r"\d{4}-\d{2}", each) is not None
+            if closing and period and apart[-1] != "--close":
+                apart.append("--close")
+            apart.append(each)
+            closing = each.startswith("--close") or (closing and period)
+        return super().parse_args(ctx, apart)
+
+
+@cli.command(cls=_SeveralCloses)
 @click.argument("files", nargs=-1, required=True, type=_FILE)
 @click.option(
     "--close",
     "closes",
     multiple=True,
-    metavar="YYYY-MM",
-    help="Close this period after the last line; may be repeated.",
+    metavar="YYYY-MM...",
+    help="Close these periods after the last line; may be repeated.",
 )
 @click.option("--out", type=_FOLDER, help="Where to write <period>/lines.csv, held.csv and the documents.")
 @click.option(

@@ -20,6 +20,7 @@ import pyarrow as pa
 from rating.amounts import GRAINS, Exact, pence, whole
 from rating.book import LineKey
 from rating.calendar import month_of, parse_month
+from rating.close import Amounts, by_line
 from rating.completeness import Reported
 from rating.evidence import Readings
 from rating.parties import Parties
@@ -344,7 +345,10 @@ class MemoryDocuments:
     def closed(self) -> list[int]:
         return sorted(self.periods)
 
-    def invoiced_before(self, period: int) -> dict[Any, int]:
+    def invoiced_before(self, period: int) -> Amounts:
+        return by_line(self._invoiced_before(period))
+
+    def _invoiced_before(self, period: int) -> dict[Any, int]:
         total: dict[Any, int] = {}
         for earlier, rows in self.invoiced.items():
             for key, amount in rows.items() if earlier < period else ():
@@ -363,7 +367,7 @@ class MemoryDocuments:
         for earlier in sorted(self.rates):
             if earlier < period:
                 rates |= self.rates[earlier]
-        within, invoiced = set(months), self.invoiced_before(period)
+        within, invoiced = set(months), self._invoiced_before(period)
         return {key: rate for key, rate in rates.items() if key.month in within and invoiced[key]}
 
     def insert_rows(self, period: int, kind: str, amounts: Mapping[Any, int], rates: Mapping[Any, int]) -> None:
