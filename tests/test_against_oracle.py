@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.oracle import oracle
 from tests.oracle.strategies import ARRIVAL, books
@@ -33,3 +34,51 @@ def test_flat_books(book: list) -> None:
 def test_all_books(book: list) -> None:
     """Books with everything in RULES come out the same to the penny."""
     same(book)
+
+
+def placing(change_id: str, revision: int, practices: list[str], price: str) -> dict:
+    """An order's revision with lines of these practices."""
+    tiers = {"type": "flat", "provisioning": "declarative", "unit": "unit", "time_unit": "month"}
+    line = {"item_id": "10000-001", "quantity": "1", "price": tiers | {"tiers": [{"from": "1", "price": price}]}}
+    line["funding"] = [{"payer": "@ordering_party", "take": "rest"}]
+    body = {
+        "order_id": f"C010001-{revision:02d}", "ordering_party": "QOP", "supplier_id": "10000", "framework": "GPITF",
+        "commencement": "2026-04-01", "vat_rate": "0.2", "lines": [line | {"ods_code": each} for each in practices],
+    }  # fmt: skip
+    return said(change_id, OrderPlaced=body)
+
+
+def said(change_id: str, **change: object) -> dict:
+    value = {"id": change_id, "order_number": "C010001", "recorded_at": "2026-03-01T09:00:00Z", "change": change}
+    return {"topic": "contract-changes", "value": value}
+
+
+@st.composite
+def revived(draw: st.DrawFn) -> list:
+    """Revisions of an order placed, retracted, brought back and placed anew in any order, with milestones between."""
+    practice = st.sampled_from(["P1", "P2"])
+    place = st.tuples(st.just("place"), st.integers(2, 3), st.lists(practice, unique=True), st.sampled_from("3579"))
+    steps = st.one_of(place, st.tuples(st.just("retract"), st.integers(1, 20)), st.tuples(st.just("live"), practice))
+    book = [placing("c0", 1, ["P0"], "1")]
+    for number, (what, *how) in enumerate(draw(st.lists(steps, max_size=14)), start=1):
+        if what == "place":
+            book.append(placing(f"c{number}", *how))
+        elif what == "retract":
+            book.append(said(f"c{number}", Retracted={"change_id": f"c{max(1, number - how[0])}"}))
+        else:
+            for milestone in ("M1", "M2"):
+                fact = {"item_id": "10000-001", "ods_code": how[0], "milestone": milestone, "date": "2026-04-01"}
+                book.append(said(f"c{number}{milestone}", MilestoneReached=fact))
+        if number == 8:
+            book.append({"close": "2026-04"})
+    return [*book, {"close": "2026-05"}] if {"close": "2026-04"} in book else [*book, {"close": "2026-04"}]
+
+
+@SLOW
+@given(revived())
+def test_placings_retracted_and_brought_back(book: list) -> None:
+    """What of them stands, and what is refused, is the same to both."""
+    same(book)
+    assert [index for index, _ in replay(book, arrival=ARRIVAL).refused] == [
+        index for index, _ in oracle.run(book, arrival=ARRIVAL).refused
+    ]
