@@ -123,7 +123,9 @@ class Deriving:
             invoiced = before.result()
         known.wanted = derivation.wanted
         rows, held = invoice(derivation, invoiced, period)
-        derivation.payable.clear()  # all that is not in `rows` was invoiced before, and may be a million amounts
+        # What is not in `rows` was invoiced before, and may be a million amounts.
+        derivation.payable.clear()
+        derivation.held.clear()
         attested = self._documents.attested([period], cut.generation, cut.offset)[period]
         found = ledger.reported_at_cut(cut.generation, cut.positions, period)
         complete = completeness(attested, found, known.book, period)

@@ -426,8 +426,8 @@ class PeriodClose(Agent):
     def _decide(self, derived: Derived, lag: str, request: Request) -> Decision:
         """What was found and accepted.  Raises CloseRefused for what was not, NotYet while a drift is being mended."""
         text, accepted = month_text(derived.period), [lag] if lag else []
-        if not has_ended(derived.period):
-            accepted.append("the period had not ended (close_any_period)")
+        if derived.cut.issued_at < month_start(derived.period + 1):
+            accepted.append("the cut was fixed before the period's end, which close_any_period allows")
         limit, units = self._suspense_limit_micros, derived.suspense_micros
         if limit is not None and units > limit:
             found = f"usage of {micros_text(units)} units in suspense, more than {micros_text(limit)}"

@@ -35,7 +35,7 @@ from rating import records as said
 from rating.book import Book, Line, Order, Reference
 from rating.calendar import FOREVER, first_day, last_day, month_text, parse_month
 from rating.charges import MonthCharge, rate_months
-from rating.close import Derivation, derive
+from rating.close import Derivation, derive, invoice
 from rating.records import Funding, Price, Tier
 from sinks.accruals import AccrualRow
 
@@ -221,7 +221,7 @@ def profile(work: Callable[[], Any], entries: int) -> list[str]:
     return [line for line in text.splitlines() if line.strip()]
 
 
-def describe(book: Book, derived: Derivation) -> str:
+def describe(book: Book, derived: Derivation, period: int) -> str:
     """What the book is made of, to see that the benchmark asks for what it says."""
     lines: list[Line] = [line for order in book.orders.values() for line in order.lines.values()]
     kinds = dict.fromkeys(("patient", "declarative", "on_demand"), 0)
@@ -229,15 +229,16 @@ def describe(book: Book, derived: Derivation) -> str:
         kinds[line.placed.price.provisioning] += 1
     tiered = sum(not line.placed.price.is_flat for line in lines)
     usage = sum(map(len, book.usage.values()))
-    net = (sum(derived.payable.values()) + sum(derived.held.values())) / 100
+    payable, held = invoice(derived, {}, period)
+    net = (sum(payable.values()) + sum(held.values())) / 100
     paid = dict.fromkeys(("NHSE", "LOCAL"), 0)
-    for key, pence in derived.payable.items():
+    for key, pence in payable.items():
         if key.payer in paid:
             paid[key.payer] += pence
     central = ", ".join(f"{payer} {pence / 100:,.2f}" for payer, pence in paid.items())
     return (
         f"{len(lines):,} lines of {len(book.orders):,} orders: {kinds}, {tiered:,} tiered; {usage:,} days of usage\n"
-        f"{len(derived.payable):,} payable and {len(derived.held):,} held amounts, {net:,.2f} pounds ({central})"
+        f"{len(payable):,} payable and {len(held):,} held amounts, {net:,.2f} pounds ({central})"
     )
 
 
@@ -260,7 +261,7 @@ def main() -> None:
         derived = derive(book, last)
     derive_mib = peak_mib()
     line_months = sum(map(len, derived.charges.values()))
-    print(describe(book, derived))
+    print(describe(book, derived, last))
     print(
         f"(a) a year derived: {year.cpu:.2f} s CPU, {year.wall:.2f} s; {options.lines / year.cpu:,.0f} lines/s, "
         f"{line_months / year.cpu:,.0f} line-months/s; peak {derive_mib} MiB"

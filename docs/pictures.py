@@ -10,7 +10,7 @@ import pypdfium2
 
 from rating.book import Book, Order, Reference
 from rating.calendar import first_day, month_of, parse_month
-from rating.close import ChargeKey, derive, invoice
+from rating.close import Amounts, derive, invoice
 from rating.completeness import Completeness, Reported
 from rating.documents import Document, documents
 from rating.parties import Parties, invented, read_party_row
@@ -83,7 +83,7 @@ def _book(corrected: bool) -> Book:
     return Book(orders, reference, usage)
 
 
-def _close(period: int, book: Book, invoiced: dict[ChargeKey, int], parties: Parties) -> tuple[list[Document], Papers]:
+def _close(period: int, book: Book, invoiced: Amounts, parties: Parties) -> tuple[list[Document], Papers]:
     issued_at = datetime(2026, period % 12 + 2, 3, 9, tzinfo=UTC)
     derived = derive(book, period)
     rows, held = invoice(derived, invoiced, period)

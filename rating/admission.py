@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from rating import records as said
+from rating.amounts import MICROS, micros_text
 from rating.book import Order, standing
 from rating.calendar import first_day, month_of
 from rating.records import (
@@ -88,9 +89,11 @@ class OrderLog:
         body, order = change.body, self.order
         where = f"change.{type(body).__name__}"
         if isinstance(body, said.Retracted):
-            if all(body.change_id != earlier.id for earlier in self.accepted):
+            named = next((each for each in self.accepted if each.id == body.change_id), None)
+            if named is None:
                 raise Refused(f"{where}.change_id", f"{body.change_id!r} is no earlier change of {self.number}")
-            self._check_revived(change, f"{where}.change_id")
+            if isinstance(named.body, said.Retracted):
+                self._check_revived(change, f"{where}.change_id")
             return
         if isinstance(body, said.OrderPlaced):
             _check_placing(order, body, where)
@@ -115,7 +118,7 @@ class OrderLog:
                 try:
                     _check_placing(order, change.body, where)
                 except Refused as error:
-                    reason = f"brings back a placing that {change.id!r} contradicts: {error.reason}"
+                    reason = f"brings back what has been placed anew; {change.id!r} would contradict: {error.reason}"
                     raise Refused(where, reason) from None
                 order.apply(change.body)
 
@@ -134,6 +137,9 @@ class OrderLog:
 
 def _check_placing(order: Order, body: said.OrderPlaced, where: str) -> None:
     """Raises Refused where a placing is not consistent with the order that stands before it."""
+    if body.header.vat_rate_micros > MICROS:
+        rate = micros_text(body.header.vat_rate_micros)
+        raise Refused(f"{where}.vat_rate", f"is {rate}; a rate is a fraction such as 0.2, or 20 for per cent")
     if body.order_id in order.headers:
         raise Refused(f"{where}.order_id", f"{body.order_id} has been placed already")
     if order.headers and body.header != order.header:

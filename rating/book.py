@@ -206,7 +206,7 @@ class Order:
         for placed in body.lines:
             service = (placed.item_id, placed.ods_code)
             if service in self.lines:
-                continue  # admission refuses a line placed twice; evidence that a hand has changed may have one
+                continue  # admission lets none through; who reads what a hand has changed may meet one
             line = Line(
                 key=(self.number, *service),
                 order=self,

@@ -37,7 +37,7 @@ class Portion(NamedTuple):
 
 #: Pence by line, of each by supplier, payer and month: what there may be millions of is kept so.
 Amounts = dict[LineKey, dict[Portion, int]]
-#: Equal portions of all lines are one.
+#: A portion; lines share those that are equal.
 portion_of = lru_cache(maxsize=65_536)(Portion)
 
 

@@ -262,7 +262,7 @@ class Evidence:
         of_parties = self._lines_of.get(parties, {})
 
         def months(line: LineKey) -> dict[int, int]:
-            return {each.month: pence for each, pence in self._invoiced[line].items() if pence and each[:2] == parties}
+            return {key.month: amount for key, amount in self._invoiced[line].items() if amount and key[:2] == parties}
 
         items = sorted({(key.order_number, key.item_id) for key in document.rows})
         return [{line: months(line) for line in of_parties.get(item, ())} for item in items]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from rating.amounts import MICROS, micros, micros_text
+from rating.amounts import MICROS, micros
 from rating.calendar import FOREVER, parse_date, parse_instant
 
 ORDERING_PARTY = "@ordering_party"
@@ -542,13 +542,13 @@ def _order_placed(fields: Fields) -> OrderPlaced:
 
 
 def _vat_rate(fields: Fields) -> int:
-    """A fraction of one; what is above one can only be meant in per cent: `0.2` and `20` are the same rate."""
+    """A fraction of one; what is above one can only be meant in per cent: `0.2` and `20` are the same rate.
+
+    What is neither stays as it is, for admission to refuse.
+    """
     rate = fields.micros("vat_rate")
-    if rate <= MICROS:
-        return rate
-    if rate > 100 * MICROS or rate % 100:
-        raise Refused(fields.at("vat_rate"), f"is {micros_text(rate)}, no rate like 0.2, or 20 for per cent")
-    return rate // 100
+    in_per_cent = MICROS < rate <= 100 * MICROS and rate % 100 == 0
+    return rate // 100 if in_per_cent else rate
 
 
 def _delivery_date_reads(row: Fields) -> bool:

@@ -164,7 +164,7 @@ class Documents:
         rows = self._clickhouse.stream(
             """
             SELECT toLowCardinality(order_number), item_id, toLowCardinality(ods_code),
-                   groupArray(supplier_id), groupArray(toLowCardinality(payer)), groupArray(month), groupArray(total)
+                   groupArray(supplier_id), groupArray(payer), groupArray(month), groupArray(total)
             FROM (
                 SELECT order_number, item_id, ods_code, supplier_id, payer, month, sum(pence) AS total
                 FROM document_rows FINAL
@@ -172,10 +172,10 @@ class Documents:
                 GROUP BY order_number, item_id, ods_code, supplier_id, payer, month
             )
             GROUP BY order_number, item_id, ods_code
+            SETTINGS max_block_size = 4096
             """,
             {"period": month_text(period)},
         )
-        # There may be millions: of equal texts of low cardinality a block has one.
         return {
             (order_number, item_id, ods_code): dict(zip(map(portion_of, *portions), pence, strict=True))
             for order_number, item_id, ods_code, *portions, pence in rows

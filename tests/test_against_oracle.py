@@ -36,13 +36,13 @@ def test_all_books(book: list) -> None:
     same(book)
 
 
-def placing(change_id: str, revision: int, practices: list[str], price: str) -> dict:
+def placing(change_id: str, revision: int, practices: list[str], price: str, party: str = "QOP") -> dict:
     """An order's revision with lines of these practices."""
     tiers = {"type": "flat", "provisioning": "declarative", "unit": "unit", "time_unit": "month"}
     line = {"item_id": "10000-001", "quantity": "1", "price": tiers | {"tiers": [{"from": "1", "price": price}]}}
     line["funding"] = [{"payer": "@ordering_party", "take": "rest"}]
     body = {
-        "order_id": f"C010001-{revision:02d}", "ordering_party": "QOP", "supplier_id": "10000", "framework": "GPITF",
+        "order_id": f"C010001-{revision:02d}", "ordering_party": party, "supplier_id": "10000", "framework": "GPITF",
         "commencement": "2026-04-01", "vat_rate": "0.2", "lines": [line | {"ods_code": each} for each in practices],
     }  # fmt: skip
     return said(change_id, OrderPlaced=body)
@@ -57,7 +57,7 @@ def said(change_id: str, **change: object) -> dict:
 def revived(draw: st.DrawFn) -> list:
     """Revisions of an order placed, retracted, brought back and placed anew in any order, with milestones between."""
     practices = st.lists(st.sampled_from(["P1", "P2"]), unique=True, min_size=1)
-    place = st.tuples(st.integers(2, 3), practices, st.sampled_from("3579"))
+    place = st.tuples(st.integers(2, 3), practices, st.sampled_from("3579"), st.sampled_from(["QOP", "QOP", "QHM"]))
     retract = st.integers(1, 3)
     book, ids = [placing("c0", 1, ["P0"], "1")], ["c0"]
     for number, step in enumerate(draw(st.lists(place | retract, min_size=4, max_size=12)), start=1):
@@ -67,9 +67,10 @@ def revived(draw: st.DrawFn) -> list:
             # One of the last that were said, of whatever kind; the first placing stays.
             book.append(said(f"c{number}", Retracted={"change_id": ids[max(1, len(ids) - step)] if ids[1:] else "c0x"}))
         ids.append(f"c{number}")
-        for practice in ("P1", "P2"):
-            fact = {"item_id": "10000-001", "ods_code": practice, "milestone": "M1", "date": "2026-04-01"}
-            book.append(said(f"c{number}{practice}", MilestoneReached=fact))
+        # Of P2 what accrues is held.
+        for practice, milestone in (("P1", "M1"), ("P1", "M2"), ("P2", "M1")):
+            fact = {"item_id": "10000-001", "ods_code": practice, "milestone": milestone, "date": "2026-04-01"}
+            book.append(said(f"c{number}{practice}{milestone}", MilestoneReached=fact))
         if number == 4:
             book.append({"close": "2026-04"})
     return [*book, {"close": "2026-05"}]

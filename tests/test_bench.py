@@ -10,6 +10,8 @@ from pathlib import Path
 
 from bench.plot import bars
 from bench.profile import table
+from bench.rating import World, describe
+from rating.close import derive
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,3 +43,10 @@ def test_bars_are_as_long_as_their_values() -> None:
     picture = bars("<rates>", {"tribill": 200, "other": 100})
     assert [int(width) for width in re.findall(r'<rect x="130" y="\d+" width="(\d+)"', picture)] == [480, 240]
     assert "&lt;rates&gt;" in picture
+
+
+def test_what_the_benchmark_of_rating_rates() -> None:
+    """It says of what book its figures are."""
+    world = World(2_000, 2)
+    told = describe(world.book(), derive(world.book(), world.months[-1]), world.months[-1])
+    assert re.match(r"2,000 lines of [\d,]+ orders: .*\n[\d,]+ payable and [\d,]+ held amounts, ", told)

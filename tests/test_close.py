@@ -222,7 +222,7 @@ def test_a_period_that_has_not_ended(new_world: NewWorld) -> None:
     """The setting that allows it is on record: whoever has the documents sees that they came early."""
     world = new_world(close_any_period=True)
     metered(world)
-    early = "the period had not ended (close_any_period)"
+    early = "the cut was fixed before the period's end, which close_any_period allows"
     outcome, detail = ask(world, period="2199-01")
     assert (outcome, f"accepted by tester: {early}" in detail) == ("closed", True)
     assert statement(world, "control")["accepted"] == [early]

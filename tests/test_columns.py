@@ -188,7 +188,10 @@ def test_a_number_written_longer_than_it_need_be(padding: int) -> None:
 
 
 def test_polars_knows_numpy_before_there_are_lanes() -> None:
-    """It binds it when it first meets an array; two lanes of a worker that do so at once ended it with a TypeError."""
+    """It binds it when it first meets an array; two lanes of a worker that do so at once ended it with a TypeError.
+
+    Only its own private module tells.
+    """
     program = """
 import polars
 from unittest import mock

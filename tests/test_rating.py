@@ -472,24 +472,26 @@ def test_a_change_that_does_not_fit_its_order_is_refused(value: dict[str, Any], 
 
 
 @pytest.mark.parametrize(
-    "anew",
-    [placed(vat_rate="0.1"), placed(ordering_party="Q"), placed(order_id="C010001-02"), placed(lines=[])],
-    ids=["other rate", "other party", "the line in another revision", "no line"],
-)
-def test_a_retraction_brings_no_second_placing_back(anew: dict[str, Any]) -> None:
-    """1, 2.4: each order is placed once and no line twice, also when a retraction is retracted; what is free is not."""
+    ("anew", "why"),
+    [(placed(lines=[]), "C010001-01 has been placed already"),
+     (placed(order_id="C010001-02", lines=[], vat_rate="0.1"), "header as first written: vat_rate"),
+     (placed(order_id="C010001-02", lines=[], ordering_party="Q"), "header as first written: ordering_party"),
+     (placed(order_id="C010001-02"), f"repeats the line {ITEM} at {PRACTICE}")],
+)  # fmt: skip
+def test_a_retraction_brings_no_second_placing_back(anew: dict[str, Any], why: str) -> None:
+    """1, 2.4: each order is placed once and no line twice, also when a retraction is retracted."""
     log = OrderLog("C010001")
     log.admit(placed())
     log.admit(change("Retracted", "gone", change_id="placed"))
     log.admit(anew | {"id": "anew"})
-    with pytest.raises(Refused, match="'anew' contradicts") as refused:
+    with pytest.raises(Refused, match=f"'anew' would contradict: .*{why}") as refused:
         log.admit(change("Retracted", "back", change_id="gone"))
     assert refused.value.field == "change.Retracted.change_id"
     assert log.order.header.ordering_party == anew["change"]["OrderPlaced"]["ordering_party"]
     log.admit(change("Retracted", "anew gone", change_id="anew"))
     log.admit(change("Retracted", "back at last", change_id="gone"))
     assert log.order.header == OrderLog("C010001").admit(placed()).body.header  # type: ignore[union-attr]
-    with pytest.raises(Refused, match="'anew' contradicts"):
+    with pytest.raises(Refused, match=why):
         log.admit(change("Retracted", "both", change_id="anew gone"))
 
 
@@ -500,8 +502,9 @@ def test_a_rate_of_vat_in_per_cent(rate: str, micros: int) -> None:
     assert isinstance(body, said.OrderPlaced)
     assert body.header.vat_rate_micros == micros
     for wrong in ("100.01", "20.00001"):
-        with pytest.raises(Refused, match="no rate"):
-            read_contract_change(placed(vat_rate=wrong))
+        with pytest.raises(Refused, match="per cent") as refused:
+            OrderLog("C010001").admit(placed(vat_rate=wrong))
+        assert refused.value.field == "change.OrderPlaced.vat_rate"
 
 
 def test_an_id_said_again() -> None:

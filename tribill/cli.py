@@ -95,7 +95,7 @@ class _SeveralCloses(click.Command):
             if closing and period and apart[-1] != "--close":
                 apart.append("--close")
             apart.append(each)
-            closing = each.startswith("--close") or (closing and period)
+            closing = each == "--close" or each.startswith("--close=") or (closing and period)
         return super().parse_args(ctx, apart)
 
 

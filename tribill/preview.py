@@ -109,7 +109,7 @@ class Preview:
         if not has_ended(self._period):
             ended = f"{month_start(self._period + 1).isoformat()}; charges by time are of the whole month"
             if settings.close_any_period:
-                yield f"has not ended before {ended}, and its control sheet will say so (close_any_period)"
+                yield f"not refused (close_any_period), and said on the control sheet: {text} ends {ended}"
             else:
                 yield f"refused: {text} can be closed from {ended}"
         for stage, behind in self.lag.items():

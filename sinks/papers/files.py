@@ -194,7 +194,7 @@ def control_text(body: dict[str, Any]) -> str:
         lines += ["", "usage as attested"]
         lines += [f"{code:<14}{each['said']}" for code, each in body["usage"].items()]
     if body["accepted"]:
-        lines += ["", "found, and accepted by the request", *body["accepted"]]
+        lines += ["", "found, and accepted", *body["accepted"]]
     lines += ["", "series of numbers, without a gap"]
     lines += [f"{payer:<44}{each['first']:>20}{each['last']:>20}" for payer, each in body["series"].items()]
     return "\n".join(lines) + "\n"
