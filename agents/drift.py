@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from fractions import Fraction
 
 from agents.context import Context
@@ -41,23 +41,31 @@ def drift_pence(context: Context, period: int, derived: Derivation, cut: Cut) ->
     items = {line[1] for each in known.values() for line in each} | accruals.items()
     partition_of = {item_id: partition_for(item_id, partitions) for item_id in items}
     total = Fraction(0)
-    #: The months of each line that have a row, a bit each: there may be a million.
-    seen: dict[LineKey, int] = {}
+    seen: set[LineKey] = set()
     nothing: dict[int, Exact] = {}
-    for line, month, exact, at in accruals.exact_rows(period):
+    for line, rows in accruals.exact_rows(period):
         partition = partition_of[line[1]]
-        seen[line] = seen.get(line, 0) | 1 << period - month
-        due = expected[partition].get(line, nothing).get(month, 0)
-        numerator, _, denominator = exact.partition("/")
-        # A row that was written since its partition's positions were read counts more than they say.
-        if due * int(denominator or 1) != int(numerator) * GRAINS and at <= complete[partition]:
-            total += abs(Fraction(exact) - pence(due))
-    for partition, charges in enumerate(expected):
-        for line, months in charges.items():
-            if partition_of[line[1]] == partition:
-                of_line = seen.get(line, 0)
-                total += sum(abs(pence(due)) for month, due in months.items() if not of_line >> period - month & 1)
+        charges = expected[partition].get(line, nothing)
+        seen.add(line)
+        months = {month for month, _, _ in rows}
+        for month, exact, at in rows:
+            due = charges.get(month, 0)
+            numerator, _, denominator = exact.partition("/")
+            # A row that was written since its partition's positions were read counts more than they say.
+            if due * int(denominator or 1) != int(numerator) * GRAINS and at <= complete[partition]:
+                total += abs(Fraction(exact) - pence(due))
+        if not charges.keys() <= months:
+            total += _without_row(charges, months)
+    for partition, lines in enumerate(expected):
+        for line, charges in lines.items():
+            if line not in seen and partition_of[line[1]] == partition:
+                total += _without_row(charges, set())
     return total
+
+
+def _without_row(charges: Mapping[int, Exact], months: Collection[int]) -> Fraction:
+    """What a line's months that have no row come to, without their signs."""
+    return sum((abs(pence(due)) for month, due in charges.items() if month not in months), Fraction(0))
 
 
 def _counts_the_cut(context: Context, counted: Positions, cut: Cut) -> bool:

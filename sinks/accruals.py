@@ -286,19 +286,24 @@ class Accruals:
         )
         return [((order, item, ods), month, list(parties)) for order, item, ods, month, parties in rows]
 
-    def exact_rows(self, month: int) -> Iterator[tuple[LineKey, int, str, int]]:
-        """Every line's month up to one, with its exact pence as text and the version of the row."""
+    def exact_rows(self, month: int) -> Iterator[tuple[LineKey, list[tuple[int, str, int]]]]:
+        """Every line's months up to one in order, each with its exact pence as text and the version of the row."""
         rows = self._clickhouse.stream(
             """
-            SELECT order_number, toString(item_id), ods_code, month,
-                   argMax(exact_pence, accruals.version), max(accruals.version)
-            FROM accruals WHERE month <= {month:Int32}
-            GROUP BY order_number, item_id, ods_code, month
+            SELECT order_number, toString(item_id), ods_code, groupArray(month), groupArray(exact), groupArray(at)
+            FROM (
+                SELECT order_number, item_id, ods_code, month,
+                       argMax(exact_pence, accruals.version) AS exact, max(accruals.version) AS at
+                FROM accruals WHERE month <= {month:Int32}
+                GROUP BY order_number, item_id, ods_code, month
+            )
+            GROUP BY order_number, item_id, ods_code
+            SETTINGS max_block_size = 4096
             """,
             {"month": month},
         )
-        for order, item, ods, each, exact, at in rows:
-            yield (order, item, ods), each, exact, at
+        for order, item, ods, *months in rows:
+            yield (order, item, ods), sorted(zip(*months, strict=True))
 
     def items(self) -> set[str]:
         """Every item that has a row."""

@@ -484,7 +484,7 @@ class World:
         derived = derive(book, horizon)
         exact = {key: amount for key, amount in derived.exact.items() if amount}
         rows = Accruals(self.clickhouse).exact_rows(horizon)
-        accrued = {(line, month): Fraction(amount) for line, month, amount, _ in rows}
+        accrued = {(line, month): Fraction(exact) for line, months in rows for month, exact, _ in months}
         same("accruals", {key: amount for key, amount in accrued.items() if amount}, exact)
         self._check_totals(book)
         self._check_drawn(book, derived.wanted)

@@ -142,7 +142,8 @@ def _check_accruals(world: World) -> None:
     book = Changes(context, 1, ends).known(world.sinks.ledger.totals_at_cut(1, inputs)).book
     derived = derive(book, world.horizon)
     accruals = world.sinks.accruals
-    accrued = {(line, month): Fraction(exact) for line, month, exact, _ in accruals.exact_rows(world.horizon)}
+    rows = accruals.exact_rows(world.horizon)
+    accrued = {(line, month): Fraction(exact) for line, months in rows for month, exact, _ in months}
     charges = {key: amount for key, amount in derived.exact.items() if amount}
     same("accruals", {key: amount for key, amount in accrued.items() if amount}, charges)
     for key, said in accruals.rows.items():

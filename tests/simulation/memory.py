@@ -272,10 +272,13 @@ class MemoryAccruals:
                 found.append((line, month, [party for party, _ in row.wanted]))
         return found
 
-    def exact_rows(self, month: int) -> Iterator[tuple[LineKey, int, str, int]]:
+    def exact_rows(self, month: int) -> Iterator[tuple[LineKey, list[tuple[int, str, int]]]]:
+        found: dict[LineKey, list[tuple[int, str, int]]] = {}
         for (line, each), (at, _, row) in self._newest():
             if each <= month:
-                yield line, each, fraction_text(row.exact), at
+                found.setdefault(line, []).append((each, fraction_text(row.exact), at))
+        for line, rows in found.items():
+            yield line, sorted(rows)
 
     def items(self) -> set[str]:
         return {line[1] for line, _ in self.rows}
