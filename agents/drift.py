@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 
 from agents.context import Context
@@ -41,31 +41,24 @@ def drift_pence(context: Context, period: int, derived: Derivation, cut: Cut) ->
     items = {line[1] for each in known.values() for line in each} | accruals.items()
     partition_of = {item_id: partition_for(item_id, partitions) for item_id in items}
     total = Fraction(0)
-    seen: set[LineKey] = set()
+    months_of: dict[LineKey, list[int]] = {}
     nothing: dict[int, Exact] = {}
     for line, rows in accruals.exact_rows(period):
         partition = partition_of[line[1]]
         charges = expected[partition].get(line, nothing)
-        seen.add(line)
-        months = {month for month, _, _ in rows}
+        months_of[line] = [month for month, _, _ in rows]
         for month, exact, at in rows:
             due = charges.get(month, 0)
             numerator, _, denominator = exact.partition("/")
             # A row that was written since its partition's positions were read counts more than they say.
             if due * int(denominator or 1) != int(numerator) * GRAINS and at <= complete[partition]:
                 total += abs(Fraction(exact) - pence(due))
-        if not charges.keys() <= months:
-            total += _without_row(charges, months)
     for partition, lines in enumerate(expected):
         for line, charges in lines.items():
-            if line not in seen and partition_of[line[1]] == partition:
-                total += _without_row(charges, set())
+            if partition_of[line[1]] == partition:
+                without_row = charges.keys() - months_of.get(line, ())
+                total += sum(abs(pence(charges[month])) for month in without_row)
     return total
-
-
-def _without_row(charges: Mapping[int, Exact], months: Collection[int]) -> Fraction:
-    """What a line's months that have no row come to, without their signs."""
-    return sum((abs(pence(due)) for month, due in charges.items() if month not in months), Fraction(0))
 
 
 def _counts_the_cut(context: Context, counted: Positions, cut: Cut) -> bool:

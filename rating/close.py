@@ -134,7 +134,7 @@ def _earn(line: Line, months: Months, until: int, coverage: Coverage, derived: D
 
 
 def invoice(
-    derived: Derivation, invoiced: Mapping[LineKey, Mapping[Portion, int]], period: int
+    derived: Derivation, invoiced: Amounts, period: int
 ) -> tuple[dict[ChargeKey, int], dict[ChargeKey, int]]:
     """What the close of a period invoices and what it holds, in pence by charge key, zeros left out.
 

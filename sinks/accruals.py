@@ -302,6 +302,7 @@ class Accruals:
             """,
             {"month": month},
         )
+        # A row is a line with all its months, so blocks are small ones.
         for order, item, ods, *months in rows:
             yield (order, item, ods), sorted(zip(*months, strict=True))
 

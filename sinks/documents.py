@@ -176,6 +176,7 @@ class Documents:
             """,
             {"period": month_text(period)},
         )
+        # A row is a line with all that it has, so blocks are small ones.
         return {
             (order_number, item_id, ods_code): dict(zip(map(portion_of, *portions), pence, strict=True))
             for order_number, item_id, ods_code, *portions, pence in rows

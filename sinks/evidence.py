@@ -47,10 +47,9 @@ FROM ({readings}) GROUP BY ods_code, item_id, day
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: How evidence says that no usage is in it, and what it begins with where there is some.  Nobody's words can be
 #: taken for it: in texts quotes are escaped, and a code that is called "usage" has no such list.
-_NO_USAGE = '"usage":[],"usage_months":'
-_USAGE = '"usage":'
-_SOME_USAGE = _USAGE + '[{"item_id":'
-_MONTHS = ',"usage_months":'
+_USAGE, _MONTHS = '"usage":', ',"usage_months":'
+_NO_USAGE = f"{_USAGE}[]{_MONTHS}"
+_SOME_USAGE = f'{_USAGE}[{{"item_id":'
 _DECODER = json.JSONDecoder()
 #: So much evidence is held at a time.
 SOME_CHARACTERS = 16_000_000
