@@ -223,7 +223,10 @@ def test_a_period_that_has_not_ended(new_world: NewWorld) -> None:
     world = new_world(close_any_period=True)
     metered(world)
     early = "the cut was fixed before the period's end, which close_any_period allows"
-    outcome, detail = ask(world, period="2199-01")
+    assert "said on the control sheet: 2199-01 ends 2199-02-01" in "\n".join(preview(world, "2199-01").lines())
+    # Also when the period is over by the time that it is decided: usage that came after the cut is not in it.
+    with mock.patch.object(period_close, "has_ended", return_value=True):
+        outcome, detail = ask(world, period="2199-01")
     assert (outcome, f"accepted by tester: {early}" in detail) == ("closed", True)
     assert statement(world, "control")["accepted"] == [early]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 
 from rating.evidence import read_evidence, rederive
 from rating.records import Refused
+from sinks.evidence import EvidenceFiles, evidence_text
 from tests.oracle.strategies import books
 from tests.test_billing_book import BOOK, LATE, contract
 from tests.told import tell
@@ -141,3 +143,24 @@ def test_what_is_no_evidence_is_refused_with_its_field(
     with pytest.raises(Refused) as caught:
         read_evidence(changed(evidence, path, value))
     assert caught.value.field == field
+
+
+def test_codes_that_are_called_usage(tmp_path: Path) -> None:
+    """Whoever writes evidence reads no more of it than where its usage is: no code may be taken for that."""
+    spans = [["2026-04-01", None]]
+    reading = {"item_id": "10030-S-001", "ods_code": "A83005", "quantity": {"2026-04-03": "3"}}
+    for usage, months in (([reading], ["2026-04"]), ([], [])):
+        evidence = {
+            "contract_changes": [{"id": '"usage":[{"item_id":', "change": {"usage": [{"lines": []}]}}],
+            "practices": {"usage": {"list_sizes": {"2026-04-01": 3}}, "usage_months": {}},
+            "acceptances": {"usage": {"usage": spans, "usage_months": spans}},
+            "usage": usage,
+            "usage_months": months,
+            "invoiced": [],
+        }
+        files = EvidenceFiles(tmp_path, str)
+        text = evidence_text(evidence)
+        assert files.write("NHSE-000001", text).read_text() == text
+        asked: list[Any] = []
+        list(files.write_usage(lambda items, of, asked=asked: asked.append((items, of)) or ()))
+        assert asked == ([({"10030-S-001"}, {2026 * 12 + 3})] if usage else [])
