@@ -19,6 +19,7 @@ import json
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -44,6 +45,8 @@ AHEAD = timedelta(days=1)
 BLOCK_ROWS = 20_000
 ID_MAX_CHARACTERS = 4_096
 LETTERS_AT_ONCE = 5_000
+
+_LONDON_DAY = pl.col("occurred_at").dt.convert_time_zone("Europe/London").dt.date()
 
 #: A reading let through: its columns and its index in a UsageBatch.
 Reading = tuple[str, int, str, str, str, int, datetime, int]
@@ -105,7 +108,7 @@ class Intake(Agent):
             "index",
             offset=pl.Series(offsets)[rows["place"]],
             broker_timestamp_ms=pl.Series(timestamps)[rows["place"]],
-            day=pl.col("occurred_at").dt.convert_time_zone("Europe/London").dt.date(),
+            day=_LONDON_DAY,
             topic=pl.lit(batch.topic),
             partition=pl.lit(batch.partition, pl.Int32),
             for_partition=pl.col("ods_code").replace_strict(practices, partitions, return_dtype=pl.Int32),
@@ -116,23 +119,26 @@ class Intake(Agent):
         limit, codec = self._context.settings.record_max_bytes, self._context.codec
         values = [record.value if record.value and len(record.value) <= limit else b"" for record in batch.records]
         decoded = decode(values, codec.schema_id("Usage"))
-        rows = decoded.frame.with_columns(
-            index=pl.lit(0, pl.Int32), place=pl.Series(np.flatnonzero(decoded.sound), dtype=pl.Int64)
-        )
-        unsound = np.flatnonzero(~decoded.sound)
-        batches = [values[place] if codec.names(values[place], "UsageBatch") else None for place in unsound]
-        readings, left = decode_batches(batches)
-        if readings.height:
-            readings = readings.with_columns(place=pl.Series(unsound, dtype=pl.Int64)[readings["place"]])
+        [sound] = np.nonzero(decoded.sound)
+        rows = decoded.frame.hstack([pl.Series("index", np.zeros_like(sound), pl.Int32), pl.Series("place", sound)])
+        left: list[int] = []
+        if rows.height < len(values):
+            [unsound] = np.nonzero(~decoded.sound)
+            batches = [values[place] if codec.names(values[place], "UsageBatch") else None for place in unsound]
+            readings, places = decode_batches(batches)
+            left = unsound[places].tolist()
+            readings = readings.with_columns(place=pl.Series(unsound)[readings["place"]])
             rows = pl.concat([rows, readings.select(rows.columns)]).sort("place", "index")
         arrivals = np.clip(timestamps, 0, LATEST_MS) * 1000
         if self._floor is not None:
             arrivals = np.maximum(arrivals, (self._floor - EPOCH) // MICROSECOND)
-        latest = pl.Series(arrivals + AHEAD // MICROSECOND).cast(pl.Datetime("us", "UTC"))[rows["place"]]
-        refused = rows.filter(~_admissible(speaker, latest))["place"].unique()
-        if not refused.is_empty():
+        latest = pl.Series("latest", arrivals + AHEAD // MICROSECOND, pl.Datetime("us", "UTC"))[rows["place"]]
+        admissible = rows.hstack([latest]).select(_admissible(speaker)).to_series()
+        if not admissible.all():
+            refused = rows["place"].filter(~admissible).unique()
             rows = rows.filter(~pl.col("place").is_in(refused.implode()))
-        return rows, sorted({*unsound[left].tolist(), *refused})
+            left = sorted({*left, *refused})
+        return rows, left
 
     def _readings(
         self, batch: Batch, record: Record, speaker: str | None, letters: list[DeadLetter]
@@ -195,8 +201,9 @@ class Intake(Agent):
         self._context.outbox.send(USAGE_ACCEPTED, block, partition=partition)
 
 
-def _admissible(speaker: str | None, latest: pl.Series) -> pl.Expr:
-    """By columns what `check` asks of a reading; what is not admissible here is checked by itself."""
+@cache
+def _admissible(speaker: str | None) -> pl.Expr:
+    """By columns, `latest` among them, what `check` asks of a reading; what fails is checked by itself."""
     supplier, practice, item = pl.col("supplier_id"), pl.col("ods_code"), pl.col("item_id")
     codes = [each.str.len_bytes().is_between(1, CODE_MAX_CHARACTERS) for each in (supplier, practice, item)]
     return pl.all_horizontal(
@@ -205,7 +212,7 @@ def _admissible(speaker: str | None, latest: pl.Series) -> pl.Expr:
         *([] if speaker is None else [supplier == speaker]),
         item.str.starts_with(supplier),
         pl.col("quantity_micros").is_between(0, LIMIT_MICROS, closed="left"),
-        pl.col("occurred_at").is_between(EARLIEST, latest),
+        pl.col("occurred_at").is_between(EARLIEST, pl.col("latest")),
     )
 
 

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, ClassVar
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 
@@ -57,6 +58,7 @@ TOTALS_SCHEMA = pa.schema(
     ]
 )
 _DAY_KEY = ["ods_code", "item_id", "day"]
+_DAY = (pl.col("day").to_physical() + _EPOCH_ORDINAL).alias("day")
 _IDENTITY = ["ods_code", "supplier_id", "id"]
 #: Practices whose codes begin alike in so many characters (an area's, as a rule) are asked for together: what
 #: a question costs is mostly that it is asked, not how much it finds.
@@ -95,17 +97,33 @@ class _Totals:
                 before = 0
             days[day] = total = before + quantity
             totals.append(str(total))
-        return changes.with_columns(quantity_micros=pl.Series(totals, dtype=pl.String))
+        return changes[_DAY_KEY].hstack([pl.Series("quantity_micros", totals, pl.String)])
 
 
 @dataclass(slots=True)
 class _Outcome:
     """What a batch comes to: rows to keep, by how much day totals change, and what is told of the rest."""
 
-    insert: pl.DataFrame
+    #: Rows that are kept without more ado.
+    new: pl.DataFrame
+    #: Of copies those that are kept, and how totals change by the identities that were judged.
+    kept: list[dict[str, Any]] = field(default_factory=list)
     change: dict[DayKey, int] = field(default_factory=dict)
     letters: list[DeadLetter] = field(default_factory=list)
     duplicates: int = 0
+
+    def insert(self) -> pl.DataFrame:
+        """All rows to keep."""
+        return pl.concat([self.new, pl.DataFrame(self.kept, schema=self.new.schema)]) if self.kept else self.new
+
+    def changes(self) -> pl.DataFrame:
+        """All changes of day totals as columns, a row for each."""
+        changes = self.new.group_by("ods_code", "item_id", _DAY).agg(pl.col("quantity_micros").cast(pl.Int128).sum())
+        if self.change:
+            keyed = [(*key, quantity) for key, quantity in self.change.items()]
+            changes = pl.concat([changes, pl.DataFrame(keyed, schema=changes.schema, orient="row")])
+            changes = changes.group_by(_DAY_KEY).agg(pl.col("quantity_micros").sum())
+        return changes
 
 
 class Usage(Agent):
@@ -119,6 +137,14 @@ class Usage(Agent):
         self._claims = context.claims()
         self._claims.check()
         self._generation = context.settings.log_generation
+        self._claimed = (
+            pl.concat_str("supplier_id", pl.lit("/"), "ods_code", pl.lit("/"), "id").alias("identity"),
+            pl.concat_str(
+                pl.lit(str(self._generation)), "accepted_offset", "topic", "partition", "offset", "index", "revision",
+                pl.struct("item_id", "quantity_micros", "occurred_at").hash(),
+                separator="/",
+            ).alias("claim"),
+        )  # fmt: skip
         self._totals: dict[int, _Totals] = {}
 
     def topics(self) -> Sequence[str]:
@@ -137,13 +163,14 @@ class Usage(Agent):
         if totals is None or totals.offset != batch.first_offset:
             totals = _Totals(batch.first_offset)
         rows, again = self._rows(batch)
-        outcome, changes = self._judge(rows, batch)
+        outcome = self._judge(rows, batch)
         if again:
             # Reconciliation doubts what is remembered; the ledger is asked again.
             totals = _Totals(batch.first_offset)
-            asked = pl.DataFrame([(*key, 0) for key in again], schema=changes.schema, orient="row")
-            changes = pl.concat([changes, asked]).group_by(_DAY_KEY).agg(pl.col("quantity_micros").sum())
-        self._context.ledger.insert_usage(outcome.insert.to_arrow())
+            outcome.change |= {key: outcome.change.get(key, 0) for key in again}
+        changes = outcome.changes()
+        insert = outcome.insert()
+        self._context.ledger.insert_usage(insert.to_arrow())
         self._load(totals, changes, batch)
         self._publish(batch, totals.add(changes))
         self._context.dead_letters.write(outcome.letters)
@@ -151,7 +178,7 @@ class Usage(Agent):
         totals.offset = batch.end_offset
         if totals.size <= _REMEMBERED_TOTALS:
             self._totals[batch.partition] = totals
-        metrics.USAGE.labels("accepted").inc(outcome.insert.height)
+        metrics.USAGE.labels("accepted").inc(insert.height)
         metrics.USAGE.labels("duplicate").inc(outcome.duplicates)
         metrics.USAGE.labels("conflict").inc(len(outcome.letters))
         metrics.RECORDS.labels(self.role, "accepted").inc(rows.height)
@@ -160,59 +187,46 @@ class Usage(Agent):
 
     def _rows(self, batch: Batch) -> tuple[pl.DataFrame, set[DayKey]]:
         """The readings of a batch, and the totals that reconciliation wants said again."""
-        frames, again = [], set()
+        tables, offsets, again = [], [], set()
         for record in batch.records:
             assert record.value is not None, "usage-accepted holds what intake wrote"
             with pa.ipc.open_stream(record.value) as reader:
                 if asked := (reader.schema.metadata or {}).get(b"again"):
                     again |= {(ods_code, item_id, day) for ods_code, item_id, day in json.loads(asked)}
                     continue
-                frame = pl.from_arrow(reader.read_all())
-            assert isinstance(frame, pl.DataFrame)
-            frames.append(frame.with_columns(accepted_offset=pl.lit(record.offset, pl.Int64)))
-        if not frames:
+                tables.append(reader.read_all())
+                offsets.append(record.offset)
+        if not tables:
             return pl.DataFrame(USAGE_SCHEMA.empty_table()), again
-        rows = pl.concat(frames).with_columns(
-            generation=pl.lit(self._generation, pl.UInt32),
-            accepted_partition=pl.lit(batch.partition, pl.Int32),
-        )
-        return rows, again
+        # Of a polars of before an upgrade a column of text may have another width.
+        rows = pl.DataFrame(pa.concat_tables(tables, promote_options="permissive"))
+        accepted = [
+            pl.Series("accepted_offset", np.repeat(offsets, [table.num_rows for table in tables]), pl.Int64),
+            pl.Series("generation", np.full(rows.height, self._generation), pl.UInt32),
+            pl.Series("accepted_partition", np.full(rows.height, batch.partition), pl.Int32),
+        ]
+        return rows.hstack(accepted), again
 
     # --- steps 1 and 2: what is new ---
 
-    def _judge(self, rows: pl.DataFrame, batch: Batch) -> tuple[_Outcome, pl.DataFrame]:
-        """What the batch comes to, and all changes of day totals as columns."""
-        suspects = rows.filter(~self._certainly_new(rows, batch.partition)).select(_IDENTITY).unique()
-        if suspects.is_empty():
-            outcome = _Outcome(rows)
-        else:
-            # A suspect's identity is judged with all its copies in the batch.
-            copies = rows.join(suspects, on=_IDENTITY, how="semi")
-            known = self._context.ledger.known_usage(suspects, self._generation, batch.first_offset)
-            alone = copies.filter(pl.struct(_IDENTITY).is_unique()).join(known, on=_IDENTITY, how="anti")
-            copies = copies.join(alone, on=_IDENTITY, how="anti")
-            outcome = _Outcome(pl.concat([rows.join(suspects, on=_IDENTITY, how="anti"), alone]))
-        changes = outcome.insert.select(
-            "ods_code",
-            "item_id",
-            (pl.col("day").to_physical() + _EPOCH_ORDINAL).alias("day"),
-            pl.col("quantity_micros").cast(pl.Int128),
-        )
-        if not suspects.is_empty() and copies.height:
-            self._judge_copies(copies, known, outcome)
-            keyed = [(*key, quantity) for key, quantity in outcome.change.items()]
-            changes = pl.concat([changes, pl.DataFrame(keyed, schema=changes.schema, orient="row")])
-        return outcome, changes.group_by(_DAY_KEY).agg(pl.col("quantity_micros").sum())
+    def _judge(self, rows: pl.DataFrame, batch: Batch) -> _Outcome:
+        """What the batch comes to."""
+        new = self._certainly_new(rows, batch.partition)
+        if new.all():
+            return _Outcome(rows)
+        suspects = rows.filter(~new)[_IDENTITY].unique()
+        known = self._context.ledger.known_usage(suspects, self._generation, batch.first_offset)
+        # An identity that is known, or more than once in the batch, is judged with all its copies.
+        repeated = rows.join(suspects, on=_IDENTITY, how="semi").filter(~pl.struct(_IDENTITY).is_unique())
+        judged = pl.concat([known[_IDENTITY], repeated[_IDENTITY]])
+        if judged.is_empty():
+            return _Outcome(rows)
+        outcome = _Outcome(rows.join(judged, on=_IDENTITY, how="anti"))
+        self._judge_copies(rows.join(judged, on=_IDENTITY, how="semi"), known, outcome)
+        return outcome
 
     def _certainly_new(self, rows: pl.DataFrame, partition: int) -> pl.Series:
-        named = rows.select(
-            identity=pl.concat_str("supplier_id", pl.lit("/"), "ods_code", pl.lit("/"), "id"),
-            claim=pl.concat_str(
-                pl.lit(str(self._generation)), "accepted_offset", "topic", "partition", "offset", "index", "revision",
-                pl.struct("item_id", "quantity_micros", "occurred_at").hash(),
-                separator="/",
-            ),
-        )  # fmt: skip
+        named = rows.select(self._claimed)
         unclaimed, certain_after = self._claims.claim(partition, named["identity"], named["claim"])
         # A later revision may lie on another day than the first: only the ledger knows.
         return unclaimed & (rows["occurred_at"] >= certain_after) & (rows["revision"] == 0)
@@ -224,20 +238,16 @@ class Usage(Agent):
         kept: dict[Identity, list[dict[str, Any]]] = {}
         for row in known.iter_rows(named=True):
             kept.setdefault((row["ods_code"], row["supplier_id"], row["id"]), []).append(row)
-        inserts: list[dict[str, Any]] = []
         for identity, rows in by_identity.items():
             before = _firsts(kept.get(identity, []))
             after = _firsts([*kept.get(identity, []), *rows])
-            self._settle(before, after, rows, inserts, outcome)
-        if inserts:
-            outcome.insert = pl.concat([outcome.insert, pl.DataFrame(inserts, schema=copies.schema)])
+            self._settle(before, after, rows, outcome)
 
     def _settle(
         self,
         before: Mapping[int, dict[str, Any]],
         after: Mapping[int, dict[str, Any]],
         rows: Iterable[dict[str, Any]],
-        inserts: list[dict[str, Any]],
         outcome: _Outcome,
     ) -> None:
         """One identity: what is kept, what is a duplicate or a conflict, and how its total moves."""
@@ -247,7 +257,7 @@ class Usage(Agent):
             if _position(row) == _position(first):
                 if _position(row) not in kept:
                     kept.add(_position(row))
-                    inserts.append(row)
+                    outcome.kept.append(row)
             elif _content(row) == _content(first):
                 outcome.duplicates += 1
             else:
@@ -288,7 +298,7 @@ class Usage(Agent):
             for_partition=pl.col("item_id").replace_strict(items, numbers, return_dtype=pl.Int32)
         )
         parts = placed.partition_by("for_partition", as_dict=True, include_key=False)
-        for (partition,), part in parts.items():
+        for (partition,), part in sorted(parts.items()):
             table = part.to_arrow().cast(TOTALS_SCHEMA)
             for start in range(0, table.num_rows, BLOCK_ROWS):
                 last = start + BLOCK_ROWS >= table.num_rows

@@ -51,9 +51,9 @@ LAYOUT = (
 )
 #: What a record is decoded to: the fields of the layout, the quantity as its unscaled integer.
 COLUMNS = tuple(f"{name}_micros" if kind == "decimal" else name for name, kind in LAYOUT)
-#: The types of COLUMNS as they are on the wire.
-_PHYSICAL: dict[str, Any] = {
-    name: pl.String if kind == "string" else pl.Int64 for name, (_, kind) in zip(COLUMNS, LAYOUT, strict=True)
+_TYPES: dict[str, Any] = {
+    name: {"string": pl.String, "timestamp-micros": pl.Datetime("us", "UTC")}.get(kind, pl.Int64)
+    for name, (_, kind) in zip(COLUMNS, LAYOUT, strict=True)
 }
 _INT64 = 2**63
 #: Far above any real one; what is longer would multiply with every reading of a batch.
@@ -73,7 +73,7 @@ def decode(values: Sequence[bytes | None], schema_id: int) -> Decoded:
     lengths = np.fromiter(map(len, plain), np.int64, len(plain))
     records = _Records(b"".join((_MARGIN, *plain, _MARGIN)), lengths)
     records.take_header(schema_id)
-    columns: dict[str, Integers] = {}
+    columns: dict[str, Integers | pa.Array] = {}
     bounds: dict[str, tuple[Integers, Integers]] = {}
     for name, kind in LAYOUT:
         if kind == "string":
@@ -84,12 +84,9 @@ def decode(values: Sequence[bytes | None], schema_id: int) -> Decoded:
             columns[name] = records.take_long()
     records.end()
     strings = _strings(records, bounds)
-    sound = records.sound
-    frame = pl.DataFrame(
-        {name: column[sound] for name, column in columns.items()}
-        | {name: pl.from_arrow(column) for name, column in strings.items()}
-    )
-    return Decoded(_ordered(frame), sound)
+    columns = {name: column[records.sound] for name, column in columns.items()} | strings
+    # Series by series: of a small fetch an expression costs more than all that is done with its records.
+    return Decoded(pl.DataFrame([pl.Series(name, columns[name], kind) for name, kind in _TYPES.items()]), records.sound)
 
 
 class _Records:
@@ -203,8 +200,7 @@ def decode_batches(values: Sequence[bytes | None]) -> tuple[pl.DataFrame, list[i
         columns["index"] += range(len(readings))
         for name, column in zip(COLUMNS, zip(*readings, strict=True), strict=False):
             columns[name] += column
-    frame = pl.DataFrame(columns, schema={"place": pl.Int64, "index": pl.Int32, **_PHYSICAL})
-    return frame.select("place", "index").hstack(_ordered(frame)), left
+    return pl.DataFrame(columns, schema={"place": pl.Int64, "index": pl.Int32, **_TYPES}), left
 
 
 def _readings(value: bytes) -> list[tuple[Any, ...]] | None:
@@ -232,10 +228,6 @@ def _readings(value: bytes) -> list[tuple[Any, ...]] | None:
         return None
     sound = body.tell() == len(value) and all(-_INT64 <= each[5] < _INT64 for each in readings)
     return readings if sound else None
-
-
-def _ordered(frame: pl.DataFrame) -> pl.DataFrame:
-    return frame.select(COLUMNS).with_columns(pl.col("occurred_at").cast(pl.Datetime("us", "UTC")))
 
 
 @cache
