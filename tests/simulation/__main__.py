@@ -25,7 +25,7 @@ def _survive_all(first: int, until: float) -> tuple[int, int, str]:
         if time.time() > until:
             return number, happened, ""
         try:
-            happened += survive(first + number)
+            happened += len(survive(first + number))
         except AssertionError as error:
             return number, happened, str(error)
     return _AT_ONCE, happened, ""
@@ -40,7 +40,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.seed is not None:
         try:
-            print(f"seed {options.seed}: {survive(options.seed)} things happened, and all is right")
+            told = survive(options.seed)
+            print(*told, f"seed {options.seed}: {len(told)} things happened, and all is right", sep="\n")
             return 0
         except AssertionError as error:
             print(error)

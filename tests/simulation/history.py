@@ -32,8 +32,8 @@ def _book(number: int) -> tuple[list[Line], Expected]:
     return book, straight(book)
 
 
-def survive(seed: int) -> int:
-    """Plays the history of a seed; returns how many things happened.  An AssertionError tells them all."""
+def survive(seed: int) -> list[str]:
+    """Plays the history of a seed; returns all that happened.  An AssertionError tells it."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     book, expected = book_of(seed)
     world = World(book, seed)
@@ -47,4 +47,4 @@ def survive(seed: int) -> int:
             f"seed {seed} (make simulate SEED={seed}): {type(error).__name__}: {error}\n"
             f"the last of {len(world.told)} things that happened:\n  {told}\n{where}"
         ) from None
-    return len(world.told)
+    return world.told

@@ -32,6 +32,7 @@ from streams.topics import USAGE_ACCEPTED
 
 Row = dict[str, Any]
 _EPOCH_ORDINAL = 719163
+_TYPES = pl.DataFrame(USAGE_SCHEMA.empty_table()).schema
 _KNOWN = [name for name in USAGE_SCHEMA.names if not name.startswith("accepted_")]
 
 
@@ -71,8 +72,7 @@ class MemoryLedger:
         self.said: dict[str, dict[tuple[str, int, int, int], SaidChange]] = {}
 
     def insert_usage(self, rows: pa.Table) -> None:
-        # Through polars: Arrow's own way imports pandas, where it is installed, for a second.
-        self.usage += pl.DataFrame(rows.select(USAGE_SCHEMA.names).cast(USAGE_SCHEMA)).rows(named=True)
+        self.usage += rows.select(USAGE_SCHEMA.names).to_pylist()
 
     def has_usage(self) -> bool:
         return bool(self.usage)
@@ -84,7 +84,7 @@ class MemoryLedger:
             for row in self._before(generation, accepted_before)
             if (row["ods_code"], row["supplier_id"], row["id"]) in wanted
         ]
-        return pl.DataFrame(pa.Table.from_pylist(rows, pa.schema([USAGE_SCHEMA.field(name) for name in _KNOWN])))
+        return pl.DataFrame(rows, schema={name: _TYPES[name] for name in _KNOWN})
 
     def totals_of_practices(
         self, alike: Sequence[str], months: Sequence[int], generation: int, accepted_before: int

@@ -14,11 +14,15 @@ from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
+from inspect import isgenerator
+from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 from agents.context import Context
 from agents.reconcile import Reconcile
+from rating import records
 from rating.calendar import month_text, parse_month
 from sinks.accruals import Accruals
 from sinks.clickhouse import LedgerUnavailable
@@ -62,11 +66,27 @@ def memory_stores() -> Iterator[None]:
     """Agents that are made meanwhile find their stores in their context."""
     with ExitStack() as stack:
         for where, name in _STORES.items():
-            stack.enter_context(mock.patch(where, lambda sinks, name=name: getattr(sinks, name)))
-        stack.enter_context(mock.patch("agents.period_close.Broker"))
+            stack.enter_context(mock.patch(where, attrgetter(name)))
+        for name in ("read_contract_change", "read_reference_change"):
+            stack.enter_context(mock.patch(f"agents.charges.{name}", once(getattr(records, name))))
+        stack.enter_context(mock.patch("agents.period_close.Broker", lambda settings: settings))
+        # A look at all objects for each of so many small closes.
+        stack.enter_context(mock.patch("agents.period_close.gc", SimpleNamespace(collect=int)))
         for module in ("deriving", "period_close"):
             stack.enter_context(mock.patch(f"agents.{module}.ThreadPoolExecutor", AtOnce))
         yield
+
+
+def once(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Reads the same value (not an equal one) once: the ledger in memory tells the same changes again and again."""
+    known: dict[int, tuple[Any, Any]] = {}
+
+    def reader(value: Any) -> Any:
+        if id(value) not in known:
+            known[id(value)] = value, read(value)
+        return known[id(value)][1]
+
+    return reader
 
 
 class AtOnce(nullcontext[Any]):
@@ -86,10 +106,10 @@ class Dangers:
     """How often what happens, of a call (first line) or of a step; all 0: nothing but work."""
 
     pause: float = 0.06
-    die: float = 0.012
-    arrive_late: float = 0.006
-    fail: float = 0.012
-    reassign: float = 0.06
+    die: float = 0.006
+    arrive_late: float = 0.004
+    fail: float = 0.006
+    reassign: float = 0.12
     crash: float = 0.03
     zombie: float = 0.1
     land: float = 0.1
@@ -117,7 +137,7 @@ class Door:
         action = getattr(self._store, method)
 
         def call(*arguments: Any, **options: Any) -> Any:
-            ready = [list(each) if isinstance(each, Iterator) else each for each in arguments]
+            ready = [list(each) if isgenerator(each) else each for each in arguments]
             return self._worker.call(f"{self._name}.{method}", lambda: action(*ready, **options))
 
         return call
@@ -188,10 +208,14 @@ class Worker:
     def __init__(self, world: World, role: str, number: int) -> None:
         self.world, self.role, self.number = world, role, number
         self.agent: Any = None
+        #: The partitions that it holds.
+        self.places: list[Place] = []
         self.at: dict[Place, int] = {}
         self.again: Batch | None = None
         self.batch: Batch | None = None
         self.task: Task | None = None
+        #: How much must have been done before it tries again what it had to wait for.
+        self.rests = 0
         #: What it may still do of each partition that it has lost.
         self.lost: dict[Place, int] = {}
 
@@ -248,6 +272,8 @@ class Worker:
         elif isinstance(error, (LedgerUnavailable, NotYet)):
             self.world.tell(f"{self}: {type(error).__name__} {error}")
             self.again = batch
+            if isinstance(error, NotYet):
+                self.rests = self.world.done + self.world.random.choice((1, 2, 4, 8))
         elif isinstance(error, CrashNow):
             self.world.tell(f"{self} is killed {error}")
             self.forget()
@@ -265,7 +291,7 @@ class Worker:
         """Another process takes its place: it reads on where its group has committed."""
         self.agent = self.again = self.batch = None
         self.lost.clear()
-        self.at = {place: self.world.committed.get((self.role, place), 0) for place in self.world.owned(self)}
+        self.at = {place: self.world.committed.get((self.role, place), 0) for place in self.places}
 
 
 class LogBroker:
@@ -313,12 +339,15 @@ class World:
         self.committed: dict[tuple[str, Place], int] = {}
         self.late: list[tuple[str, Callable[[], Any]]] = []
         self.told: list[str] = []
+        #: How many batches were done.
+        self.done = 0
         self.workers = [Worker(self, role, number) for role in AGENTS for number in range(_WORKERS)]
         self.reconciler = Worker(self, "reconcile", 0)
         self.owners: dict[tuple[str, Place], Worker] = {}
         for worker in self.workers:
             for place in self._read_by(worker.role):
-                self.owners.setdefault((worker.role, place), worker)
+                if self.owners.setdefault((worker.role, place), worker) is worker:
+                    worker.places.append(place)
         for worker in self.workers:
             worker.forget()
 
@@ -330,10 +359,6 @@ class World:
         topics = dict(STAGES)[role](self.settings)
         return [place for place in self.log.records if place[0] in topics]
 
-    def owned(self, worker: Worker) -> list[Place]:
-        """The partitions that a worker holds."""
-        return [place for (role, place), owner in self.owners.items() if role == worker.role and owner is worker]
-
     def commit(self, worker: Worker, batch: Batch) -> None:
         """A batch is done; the broker takes the offset of whoever holds the partition, and never goes back."""
         place, end = (batch.topic, batch.partition), batch.end_offset
@@ -343,6 +368,7 @@ class World:
         if place in worker.lost:
             worker.lost[place] = end
         worker.at[place] = max(worker.at.get(place, 0), end)
+        self.done += 1
         self.tell(f"{worker} has done {place[0]}/{place[1]} to {end}{'' if held else ', which is not its own'}")
 
     # --- playing a book ---
@@ -364,9 +390,10 @@ class World:
             return Reconcile(SimulatedContext(Worker(self, "reconcile", 1))).reconcile()
 
     def _publish_all(self) -> None:
+        outbox = MemoryOutbox(self.log, Fuse())
         with (
-            mock.patch("tribill.interchange.Outbox", return_value=MemoryOutbox(self.log, Fuse())),
-            mock.patch("tribill.interchange.ClickHouse"),
+            mock.patch("tribill.interchange.Outbox", lambda _: outbox),  # noqa: PT008 (a Mock costs a millisecond)
+            mock.patch("tribill.interchange.ClickHouse", lambda _: None),  # noqa: PT008
         ):
             publisher = Publisher(self.settings)
         for line in self.book:
@@ -433,7 +460,7 @@ class World:
             able.append(self.reconciler)
         if not able:
             return False
-        worker = self.random.choice(able)
+        worker = self.random.choice([each for each in able if each.rests <= self.done] or able)
         if worker.task is not None:
             worker.go_on()
         elif worker.again is not None:
@@ -449,7 +476,8 @@ class World:
             if self.owners[worker.role, place] is worker:
                 return [place]
             worker.again = None
-        return [place for place in self.owned(worker) if worker.at.get(place, 0) < self.log.end(place)]
+        at, records = worker.at, self.log.records
+        return [place for place in worker.places if at.get(place, 0) < len(records[place])]
 
     def _fetch(self, worker: Worker, place: Place) -> None:
         size = self.random.choice((1, 2, 3, 5, 1000, 1000))
@@ -457,14 +485,19 @@ class World:
         worker.start(Batch(*place, self.log.records[place][first : first + size]))
 
     def _reassign(self) -> bool:
-        role, place = self.random.choice(list(self.owners))
-        old = self.owners[role, place]
-        new = self.random.choice([each for each in self.workers if each.role == role and each is not old])
-        old.lost[place] = old.at.get(place, 0)
-        self.owners[role, place] = new
-        new.lost.pop(place, None)
-        new.at[place] = self.committed.get((role, place), 0)
-        self.tell(f"{place[0]}/{place[1]} goes from {old} to {new}")
+        """A group that has work to do shares its partitions anew; about half of them move."""
+        among = self.random.choice([role for role, place in self.owners if self.waits(role, place)] or list(AGENTS))
+        for (role, place), old in self.owners.items():
+            if role != among or self.random.random() < 0.5:
+                continue
+            new = self.random.choice([each for each in self.workers if each.role == role and each is not old])
+            old.lost[place] = old.at.get(place, 0)
+            self.owners[role, place] = new
+            old.places.remove(place)
+            new.places.append(place)
+            new.lost.pop(place, None)
+            new.at[place] = self.committed.get((role, place), 0)
+            self.tell(f"{place[0]}/{place[1]} goes from {old} to {new}")
         return True
 
     def _crash(self) -> bool:
