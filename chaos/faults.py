@@ -70,10 +70,11 @@ KINDS = {
     "kill a broker": 1,
     "kill the page": 1,
     "kill Redis": 1,
+    "restore Redis": 1,
     "flush Redis": 1,
 }
-#: Once Redis was emptied the ledger decides what is new, so claims are tried first without that.
-_LATER = ("kill Redis", "flush Redis")
+#: Once Redis has lost claims the ledger decides what is new, so claims are tried first without that.
+_LATER = ("kill Redis", "restore Redis", "flush Redis")
 CLOSE_KIND = "kill the close at a step"
 
 
@@ -351,8 +352,21 @@ class Faults:
     def _kill_Redis(self, fault: Fault) -> None:
         if "redis" in {part.name for part in self._stack.parts.parts if part.pid}:
             self._stack.parts.kill("redis")
-            self._later(fault.dice * 6, "Redis is back, and empty", lambda: self._stack.parts.restart("redis"))
+            self._later(fault.dice * 6, "Redis is back", lambda: self._stack.parts.restart("redis"))
             self._done(fault.kind, "kill -9 of Redis")
+
+    def _restore_Redis(self, fault: Fault) -> None:
+        """Of its claims it has afterwards those that it had some seconds before."""
+
+        def come_back() -> None:
+            self._stack.parts.kill("redis")
+            self._stack.parts.restart("redis")
+            (self._stack.directory / "dump.rdb").unlink(missing_ok=True)  # whoever kills it next empties it
+
+        with suppress(redis.RedisError), redis.Redis.from_url(self._stack.settings.redis) as client:
+            client.save()
+            self._later(1 + fault.dice * 6, "Redis is killed and back with older claims", come_back)
+            self._done(fault.kind, "Redis saves its claims, to come back with them later")
 
     def _flush_Redis(self, fault: Fault) -> None:
         with suppress(redis.RedisError), redis.Redis.from_url(self._stack.settings.redis) as client:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,11 +28,16 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     port = free_port()
     server = redis_server.start(port, directory)
     try:
-        while not redis_server.is_ready(port):
-            pass
+        wait_until_ready(port)
         yield f"redis://127.0.0.1:{port}/0"
     finally:
         server.terminate()
+
+
+def wait_until_ready(port: int) -> None:
+    """Returns when the Redis there serves."""
+    while not redis_server.is_ready(port):
+        time.sleep(0.05)
 
 
 def emptied(address: str, **changed: object) -> tuple[redis.Redis, Claims]:
@@ -113,6 +119,28 @@ def test_an_emptied_store_says_so(address: str) -> None:
     complete = inspect(Settings.load(environment={}, redis=address)).complete_since
     assert complete is not None
     assert abs(complete - datetime.now(UTC)) < timedelta(hours=1)
+
+
+def test_a_store_that_comes_back_with_older_claims(tmp_path: Path) -> None:
+    """What was claimed after the snapshot that it comes back with would pass as new."""
+    port = free_port()
+    server = redis_server.start(port, tmp_path)
+    try:
+        wait_until_ready(port)
+        store, claims = emptied(f"redis://127.0.0.1:{port}/0")
+        assert claim(claims, ["before"]) == [True]
+        store.save()
+        assert claim(claims, ["after"]) == [True]
+        server.kill()
+        server = redis_server.start(port, tmp_path)
+        wait_until_ready(port)
+        full = Claims(Settings.load(environment={}, redis=f"redis://127.0.0.1:{port}/0"), lambda: False)
+        texts = pl.Series(["before", "after"])
+        unclaimed, certain_after = full.claim(0, texts, texts)
+        assert unclaimed.to_list() == [False, True]
+        assert certain_after > datetime.now(UTC) + timedelta(days=1), "so the ledger is asked"
+    finally:
+        server.kill()
 
 
 def test_another_window_is_another_store(address: str) -> None:
