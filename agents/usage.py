@@ -198,8 +198,9 @@ class Usage(Agent):
                 offsets.append(record.offset)
         if not tables:
             return pl.DataFrame(USAGE_SCHEMA.empty_table()), again
-        # Of a polars of before an upgrade a column of text may have another width.
-        rows = pl.DataFrame(pa.concat_tables(tables, promote_options="permissive"))
+        # In a block of before an upgrade text may have another layout; nothing else may differ.
+        schema = tables[0].schema
+        rows = pl.DataFrame(pa.concat_tables(each if each.schema == schema else each.cast(schema) for each in tables))
         accepted = [
             pl.Series("accepted_offset", np.repeat(offsets, [table.num_rows for table in tables]), pl.Int64),
             pl.Series("generation", np.full(rows.height, self._generation), pl.UInt32),

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from agents import intake
 from agents.intake import ID_MAX_CHARACTERS, Intake
+from agents.usage import Usage
 from sinks.dead_letters import DeadLetter
 from streams.batch import Batch
 from streams.codec import Codec
@@ -153,3 +154,20 @@ def test_blocks_hold_all_rows_in_order(rows: int) -> None:
             offsets += pl.DataFrame(reader.read_all())["offset"].to_list()
     assert offsets == list(range(20))
     assert len({partition for partition, _ in sent}) == 1
+
+
+@pytest.mark.parametrize("layout", [pa.string(), pa.string_view()])
+def test_blocks_of_before_an_upgrade(layout: pa.DataType) -> None:
+    """Polars might write text in another layout one day; blocks of both would stop `usage` for ever."""
+    new = pa.table({"id": pa.array(["b"], pa.large_string()), "offset": [7]})
+    old = pa.table({"id": pa.array(["a"], layout), "offset": [3]})
+    context = SimpleNamespace(settings=Settings(log_generation=2), claims=lambda: SimpleNamespace(check=lambda: None))
+    usage = Usage(context)  # type: ignore[arg-type]
+    blocks = [Record(offset, 0, None, intake.encode_block(block)) for offset, block in ((4, old), (5, new), (6, old))]
+    rows, again = usage._rows(Batch("usage-accepted", 1, blocks))
+    assert not again
+    assert rows.rows() == [("a", 3, 4, 2, 1), ("b", 7, 5, 2, 1), ("a", 3, 6, 2, 1)]
+    assert rows.columns[2:] == ["accepted_offset", "generation", "accepted_partition"]
+    wrong = Record(7, 0, None, intake.encode_block(old.drop_columns(["offset"])))
+    with pytest.raises(ValueError, match="field names"):
+        usage._rows(Batch("usage-accepted", 1, [*blocks, wrong]))
