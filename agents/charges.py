@@ -156,7 +156,7 @@ class Charges(Agent):
                 if state is not None and state.offset < offset:
                     state = None
                 horizon = self._accruals.horizon(partition) if state is None else state.horizon
-                if horizon != self._horizon():
+                if horizon < self._horizon():
                     state = state or self._take_over(partition, offset)
                     self._end_batch(state, partition, state.offset)
                 if state is not None:
@@ -255,7 +255,8 @@ class Charges(Agent):
         return now.year * 12 + now.month
 
     def _flush(self, state: State, partition: int) -> None:
-        horizon = self._horizon()
+        # It never goes back, as a clock that was ahead does: what is written up to there must stay right.
+        horizon = max(self._horizon(), state.horizon)
         book = self._book(state)
         rows: list[AccrualRow] = []
         for order, item_id, lines, months in touched(state, book, horizon):

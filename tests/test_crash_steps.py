@@ -346,6 +346,16 @@ def test_the_horizon_moves(new_world: NewWorld, restart: bool) -> None:
     world.agents["charges"].idle(committed)
     world.drain(AT_WORK)
     world.check_state()
+    # As after a clock that was ahead: the months that are written stay right.
+    ahead, world.settings = world.settings, replace(world.settings, horizon_month="2026-05")
+    if restart:
+        world.agents.clear()
+    else:
+        world.agents["charges"]._context.settings = world.settings
+    world.say(contract(C1, "c3", LineCeased={"item_id": A, "ods_code": P1, "date": "2026-06-10"}))
+    world.drain(AT_WORK)
+    world.settings = ahead
+    world.check_state()
 
 
 @pytest.mark.parametrize("said_again", ["another day", "another revision"])
