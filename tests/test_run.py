@@ -78,6 +78,12 @@ class Run:
         assert self.process.wait(240) == code, self.said
         return self.said
 
+    def wait_until_it_catches(self, number: signal.Signals) -> None:
+        """Waits until Python has started and the command has set its handler (`SigCgt` of proc(5))."""
+        status = Path(f"/proc/{self.process.pid}/status")
+        while not int(re.findall(r"SigCgt:\s*(\w+)", status.read_text())[0], 16) >> number - 1 & 1:
+            time.sleep(0.01)
+
     def wait_for(self, pattern: str, seconds: float = 200) -> re.Match[str]:
         """Waits until it has said this."""
         deadline = time.monotonic() + seconds
@@ -434,12 +440,11 @@ def test_ended_or_refused(start: Callable[..., Run]) -> None:
     """A run that is stopped would leave processes and files; one with a gap would close it or fail silently."""
     refused = start([*BOOK, {"close": "2026-07"}, *BOOK])
     early, late = start(BOOK), start([*BOOK, {"close": "2026-06"}])
-    time.sleep(1)
+    early.wait_until_it_catches(signal.SIGTERM)
     early.process.terminate()
     late.wait_for("private stack")
     late.process.terminate()
-    # Python itself may still have been starting; a shell says 143 of that, too.
-    assert early.process.wait(240) in (143, -signal.SIGTERM), early.said
+    early.end(143)
     late.end(143)
     said = refused.end(1)
     assert re.search(r"2026-07 cannot be closed: 2026-05 was closed last, so 2026-06 is next", said)
