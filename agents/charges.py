@@ -8,8 +8,8 @@ The order of steps for a batch:
 
 1. The inputs are applied to the state of the partition.  The state holds for one offset; for any
    other a new epoch begins, and it is read from the ledger at the positions counted at that offset.
-2. The lines touched are rated.  The batch's end is announced, and if no newer epoch has begun, the
-   rows that changed are inserted, with that end as their version.  If the process dies after this,
+2. The lines touched are rated.  The batch's end and its rows' last month are announced, and if no newer
+   epoch has begun, the rows that changed are inserted, with that end as their version.  If the process dies after this,
    the batch is read again and gives the same rows.
 3. What changed goes to `funding-inputs` and `accruals`, and the broker acknowledges both.
 4. The positions that the accruals now count are inserted.  If no newer epoch has begun meanwhile,
@@ -103,7 +103,9 @@ class State:
     said_of_codes: dict[str, int] = field(default_factory=dict)
     list_sizes: set[tuple[str, int]] = field(default_factory=set)
     used: dict[Service, set[int]] = field(default_factory=dict)
+    #: Up to which month all lines are written ahead; and up to which those before may have written some.
     horizon: int = 0
+    announced: int = 0
     #: Where the batch in hand began.
     since: int = 0
     epoch: int = 0
@@ -156,7 +158,7 @@ class Charges(Agent):
                 if state is not None and state.offset < offset:
                     state = None
                 horizon = self._accruals.horizon(partition) if state is None else state.horizon
-                if horizon < self._horizon():
+                if horizon < self._horizon(horizon):
                     state = state or self._take_over(partition, offset)
                     self._end_batch(state, partition, state.offset)
                 if state is not None:
@@ -169,6 +171,7 @@ class Charges(Agent):
         first, ends = self._accruals.left_by_others(partition, epoch, self._generation, offset)
         state = restore(self._context, partition, first)
         state.since, state.epoch, state.ends = first, epoch, ends
+        state.announced = self._accruals.announced(partition)
         return state
 
     def _end_batch(self, state: State, partition: int, offset: int) -> None:
@@ -247,16 +250,19 @@ class Charges(Agent):
 
     # --- step 2: rating ---
 
-    def _horizon(self) -> int:
-        """The month to whose end accruals are written ahead: the one after today's, or the setting."""
+    def _horizon(self, written: int) -> int:
+        """The month to whose end accruals are written ahead: the one after today's, or the setting.
+
+        It never goes back from what is written, which must stay right.  So a clock that is ahead must not move
+        it alone: the ledger's has to agree.
+        """
         if setting := self._context.settings.horizon_month:
-            return parse_month(setting)
-        now = datetime.now(UTC).astimezone(LONDON)
-        return now.year * 12 + now.month
+            return max(parse_month(setting), written)
+        ahead = _month_after(datetime.now(UTC))
+        return max(min(ahead, _month_after(self._accruals.now())), written) if ahead > written else written
 
     def _flush(self, state: State, partition: int) -> None:
-        # It never goes back, as a clock that was ahead does: what is written up to there must stay right.
-        horizon = max(self._horizon(), state.horizon)
+        horizon = self._horizon(max(state.horizon, state.announced))
         book = self._book(state)
         rows: list[AccrualRow] = []
         for order, item_id, lines, months in touched(state, book, horizon):
@@ -273,7 +279,8 @@ class Charges(Agent):
         state.list_sizes.clear()
         state.used.clear()
         state.horizon = horizon
-        if not self._accruals.announce(partition, state.epoch, self._generation, state.since, state.offset):
+        batch = (self._generation, state.since, state.offset)
+        if not self._accruals.announce(partition, state.epoch, *batch, horizon):
             raise NotYet("another worker has taken the partition over")
         self._accruals.insert(rows, version(self._generation, state.offset), partition)
         self._publish(rows, state, partition)
@@ -422,6 +429,10 @@ def _rate_again(months: Iterable[tuple[str, str, str, int]], state: State) -> No
         _, parties = written.get(month, (None, frozenset()))
         written[month] = (None, parties)
         state.said_of_orders[number] = _ALWAYS
+
+
+def _month_after(now: datetime) -> int:
+    return month_of(now.astimezone(LONDON).date().toordinal()) + 1
 
 
 def _note(number: str, body: ContractBody, state: State) -> None:

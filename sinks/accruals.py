@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import UTC, date, datetime
 from decimal import Context, Decimal
 from fractions import Fraction
 from itertools import accumulate
@@ -113,7 +113,7 @@ def _table(rows: Sequence[AccrualRow], version: int, partition: int) -> pa.Table
 
 
 class Accruals:
-    """Reads and writes the tables of `0002_accruals.sql` and `0008_charge_epochs.sql`."""
+    """Reads and writes the tables of `0002_accruals.sql`, and `charge_epochs`."""
 
     def __init__(self, clickhouse: ClickHouse) -> None:
         self._clickhouse = clickhouse
@@ -126,12 +126,15 @@ class Accruals:
     def begin(self, partition: int, generation: int) -> int:
         """Takes a partition over: a new epoch, above all others.  Who holds an older one writes no more."""
         epoch = (self._newest_epoch(partition) >> 32) + 1 << 32 | secrets.randbits(32)
-        self._insert_epoch(partition, epoch, generation, -1, -1)
+        self._insert_epoch(partition, epoch, generation, -1, -1, 0)
         return epoch
 
-    def announce(self, partition: int, epoch: int, generation: int, first: int, end: int) -> bool:
-        """Says of which batch rows are going to be written.  False when a newer epoch has begun: they must not be."""
-        self._insert_epoch(partition, epoch, generation, first, end)
+    def announce(self, partition: int, epoch: int, generation: int, first: int, end: int, horizon: int) -> bool:
+        """Says of which batch rows are going to be written, and up to which month.
+
+        False when a newer epoch has begun: they must not be.
+        """
+        self._insert_epoch(partition, epoch, generation, first, end, horizon)
         return self.holds(partition, epoch)
 
     def holds(self, partition: int, epoch: int) -> bool:
@@ -179,7 +182,7 @@ class Accruals:
         return int(rows[0][0])
 
     def _insert_epoch(self, *row: int) -> None:
-        columns = ("charge_partition", "epoch", "generation", "first_offset", "end_offset")
+        columns = ("charge_partition", "epoch", "generation", "first_offset", "end_offset", "horizon")
         self._clickhouse.insert("charge_epochs", columns, [row])
 
     def insert_positions(
@@ -200,6 +203,18 @@ class Accruals:
             {"partition": partition},
         )
         return int(rows[0][0])
+
+    def announced(self, partition: int) -> int:
+        """The month up to which any epoch may have written rows of a partition; 0 before the first."""
+        rows = self._clickhouse.query(
+            "SELECT max(horizon) FROM charge_epochs WHERE charge_partition = {partition:Int32}",
+            {"partition": partition},
+        )
+        return int(rows[0][0])
+
+    def now(self) -> datetime:
+        """What the ledger's clock says."""
+        return datetime.fromtimestamp(self._clickhouse.query("SELECT toUnixTimestamp(now())", {})[0][0], UTC)
 
     def positions(self, partition: int, generation: int, offset: int | None = None) -> dict[str, int]:
         """What the accruals of a partition counted at an offset (None: now); nothing before the first."""

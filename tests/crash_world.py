@@ -247,19 +247,12 @@ class _LogBroker:
         return {place: len(entries) for place, entries in self._log.records.items() if place[0] in wanted}
 
 
-class SteadyCharges(Charges):
-    """Charges that rate up to the month of the setting, whatever day the test runs on."""
-
-    def _horizon(self) -> int:
-        return parse_month(self._context.settings.horizon_month)
-
-
 AGENTS: dict[str, Any] = {
     "intake": Intake,
     "contracts": Contracts,
     "reference": Reference,
     "usage": Usage,
-    "charges": SteadyCharges,
+    "charges": Charges,
     "funding": Funding,
     "period-close": PeriodClose,
 }

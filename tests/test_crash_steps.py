@@ -16,8 +16,10 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from fractions import Fraction
 from itertools import count, zip_longest
 from typing import Any
 from unittest import mock
@@ -28,12 +30,13 @@ import structlog
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from rating.calendar import month_text, parse_month
+from rating.calendar import LONDON, month_of, month_text, parse_month
+from rating.close import derive
 from sinks.accruals import Accruals
 from sinks.claims import ClaimsUnavailable
 from streams.batch import Batch, NotYet
 from streams.topics import CHARGE_INPUTS, PERIOD_EVENTS, partition_for
-from tests.crash_world import AGENTS, Fuse, World
+from tests.crash_world import AGENTS, CrashNow, Fuse, World
 from tests.oracle import oracle
 from tests.oracle.strategies import ARRIVAL, books
 from tests.rich_book import (
@@ -356,6 +359,67 @@ def test_the_horizon_moves(new_world: NewWorld, restart: bool) -> None:
     world.drain(AT_WORK)
     world.settings = ahead
     world.check_state()
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_written_ahead_by_one_that_was_stopped(new_world: NewWorld, goes_on: bool) -> None:
+    """Months that only a worker with a clock ahead has written, and never said that it had, would stand for ever."""
+    stopped_at = []
+    for at in range(1, 99):
+        world, place = new_world("2026-05"), (CHARGE_INPUTS, partition_for(A, 2))
+        for line in [
+            contract(C1, "c1", OrderPlaced=placed("C010001-01", "QOP", "10030", ordered(A, P1, PATIENTS, BY_PARTY))),
+            reached(C1, "c2", A, P1, "M1", "2026-04-01"),
+        ]:
+            world.say(line)
+        world.drain(["contracts"])
+
+        def meanwhile(world: World = world) -> None:
+            world.settings = replace(world.settings, horizon_month="2026-05")
+            world.drain(["charges"])
+            if not goes_on:
+                raise CrashNow
+
+        world.settings = replace(world.settings, horizon_month="2026-07")
+        with suppress(CrashNow):
+            if world.stopped("charges", world.batch(place, 0, 100), at, meanwhile) is None:
+                world.drop()
+                break
+        stopped_at.append(at)
+        world.say(contract(C1, "c3", LineCeased={"item_id": A, "ods_code": P1, "date": "2026-04-10"}))
+        world.drain(AT_WORK)
+        world.check_state()
+        ahead = parse_month("2026-07")
+        derived = derive(world.book(), ahead).exact
+        for line, months in Accruals(world.clickhouse).exact_rows(ahead):
+            for month, exact, _ in months:
+                assert Fraction(exact) == derived.get((line, month), 0), (at, line, month)
+        world.drop()
+    assert len(stopped_at) > 4
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_clock_alone_does_not_move_the_horizon(new_world: NewWorld, behind: bool) -> None:
+    """One worker whose clock says 2090 would have every line written for sixty years, and kept right for ever."""
+    world = new_world("")
+    now = world.start("charges")._accruals.now()
+    assert abs(now - datetime.now(UTC)) < timedelta(hours=1)
+    place, month = (CHARGE_INPUTS, partition_for(A, 2)), month_of(now.astimezone(LONDON).date().toordinal())
+    for line in [
+        contract(C1, "c1", OrderPlaced=placed("C010001-01", "QOP", "10030", ordered(A, P1, PATIENTS, BY_PARTY))),
+        reached(C1, "c2", A, P1, "M1", "2026-04-01"),
+    ]:
+        world.say(line)
+    world.drain(["contracts"])
+    wrong = now - timedelta(days=70) if behind else now.replace(year=2090)
+    with mock.patch("agents.charges.datetime") as clock:
+        clock.now.return_value = wrong
+        world.drain(["charges"])
+        accruals = Accruals(world.clickhouse)
+        assert accruals.horizon(place[1]) == (month_of(wrong.date().toordinal()) if behind else month) + 1
+    world.agents["charges"].idle({place: world.committed["charges", place]})
+    assert accruals.horizon(place[1]) == month + 1
+    world.drop()
 
 
 @pytest.mark.parametrize("said_again", ["another day", "another revision"])

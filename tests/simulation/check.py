@@ -15,12 +15,15 @@ from rating.close import csv_rows, derive
 from rating.funding import allocation_exact, draw_down
 from sinks.positions import place_text
 from streams.codec import Undecodable
-from streams.topics import PERIOD_EVENTS, input_topics
+from streams.topics import PERIOD_EVENTS, input_topics, partition_for
 from tests.crash_world import same
 from tests.oracle import oracle
 from tests.oracle.strategies import ARRIVAL
 from tests.simulation.memory import standing
 from tests.simulation.world import CALM, SimulatedContext, Worker, World
+
+#: After any month.
+_EVER = parse_month("2099-12")
 
 
 @dataclass(frozen=True)
@@ -140,11 +143,16 @@ def _check_accruals(world: World) -> None:
     ends = {place_text(*place): world.log.end(place) for place in world.log.records}
     inputs = {text: end for text, end in ends.items() if text.rpartition("/")[0] in input_topics(settings)}
     book = Changes(context, 1, ends).known(world.sinks.ledger.totals_at_cut(1, inputs)).book
-    derived = derive(book, world.horizon)
     accruals = world.sinks.accruals
-    rows = accruals.exact_rows(world.horizon)
-    accrued = {(line, month): Fraction(exact) for line, months in rows for month, exact, _ in months}
-    charges = {key: amount for key, amount in derived.exact.items() if amount}
+    until = [accruals.horizon(partition) for partition in range(settings.partitions)]
+    accrued = {
+        (line, month): Fraction(exact) for line, months in accruals.exact_rows(_EVER) for month, exact, _ in months
+    }
+    charges = {
+        (line, month): amount
+        for (line, month), amount in derive(book, max(until)).exact.items()
+        if amount and month <= until[partition_for(line[1], settings.partitions)]
+    }
     same("accruals", {key: amount for key, amount in accrued.items() if amount}, charges)
     for key, said in accruals.rows.items():
         newest = max(at for at, _, _ in said)
@@ -154,12 +162,17 @@ def _check_accruals(world: World) -> None:
         }
         assert len(rows) == 1, f"rows of one version say different things of {key}: {rows}"
     wanted: dict[tuple[str, int], dict[int, Any]] = {}
-    for (party, month), amount in derived.wanted.items():
+    for (party, month), amount in derive(book, world.horizon).wanted.items():
         wanted.setdefault((party, financial_year(month)), {})[month] = amount
     due = {}
     for (party, year), months in wanted.items():
         allocation = pence(allocation_exact(book.reference, party, year))
         drawn_down = draw_down(allocation, {month: pence(each) for month, each in months.items()}, year)
         due.update({(party, month): (allocation, each) for month, each in drawn_down.items() if each.wanted})
-    drawn = {key: max(said, key=lambda each: each[0])[1:] for key, said in accruals.drawn.items()}
+    # What is wanted after it, by some partitions and not by others, takes nothing from the months before.
+    drawn = {
+        key: max(said, key=lambda each: each[0])[1:]
+        for key, said in accruals.drawn.items()
+        if key[1] <= world.horizon
+    }
     same("drawn of allocations", {key: each for key, each in drawn.items() if each[1].wanted}, due)

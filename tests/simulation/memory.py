@@ -191,6 +191,7 @@ class MemoryAccruals:
         self.drawn: dict[tuple[str, int], list[tuple[int, Fraction, Any]]] = {}
         #: What each epoch of a partition announced: generation, first and end offset; and where it said positions.
         self.epochs: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+        self.horizons: dict[int, int] = {}
         self.ended: set[tuple[int, int, int, int]] = set()
 
     def insert(self, rows: Sequence[AccrualRow], at: int, partition: int) -> None:
@@ -200,8 +201,9 @@ class MemoryAccruals:
     def _newest_epoch(self, partition: int) -> int:
         return max((epoch for of, epoch in self.epochs if of == partition), default=0)
 
-    def _insert_epoch(self, partition: int, epoch: int, generation: int, first: int, end: int) -> None:
+    def _insert_epoch(self, partition: int, epoch: int, generation: int, first: int, end: int, horizon: int) -> None:
         self.epochs.setdefault((partition, epoch), []).append((generation, first, end))
+        self.horizons[partition] = max(horizon, self.announced(partition))
 
     def left_by_others(self, partition: int, epoch: int, generation: int, first: int) -> tuple[int, list[int]]:
         others = []
@@ -225,7 +227,11 @@ class MemoryAccruals:
         self.ended.add((partition, generation, offset, epoch))
 
     def horizon(self, partition: int) -> int:
-        return max((horizon for (of, _, _), (_, horizon) in self.said.items() if of == partition), default=0)
+        said = [(life, at, horizon) for (of, life, at), (_, horizon) in self.said.items() if of == partition]
+        return max(said)[2] if said else 0
+
+    def announced(self, partition: int) -> int:
+        return self.horizons.get(partition, 0)
 
     def newest_version(self, partition: int) -> int:
         return max((at for said in self.rows.values() for at, of, _ in said if of == partition), default=0)

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from inspect import isgenerator
 from operator import attrgetter
@@ -115,6 +115,8 @@ class Dangers:
     land: float = 0.1
     flush_redis: float = 0.02
     reconcile: float = 0.01
+    #: Of each worker that starts.
+    clock_ahead: float = 0.3
 
     @classmethod
     def drawn(cls, source: random.Random) -> Dangers:
@@ -122,7 +124,7 @@ class Dangers:
         return cls(**{each.name: each.default * source.choice((0, 1, 1, 4)) for each in fields(cls)})
 
 
-CALM = Dangers(*[0.0] * 10)
+CALM = Dangers(*[0.0] * 11)
 
 
 class Door:
@@ -174,7 +176,7 @@ class SimulatedContext(Context):
 
     def __init__(self, worker: Worker) -> None:
         world = worker.world
-        self.settings, self.codec = world.settings, world.codec
+        self.settings, self.codec = world.settings_of(worker), world.codec
         self.outbox = SimulatedOutbox(worker, world.log)  # type: ignore[assignment]
         self.ledger = Door(worker, "ledger", world.sinks.ledger)  # type: ignore[assignment]
         self._claims = Door(worker, "redis", world.sinks.claims)
@@ -354,6 +356,13 @@ class World:
     def tell(self, text: str) -> None:
         """What happened, for whoever has to find out why."""
         self.told.append(text)
+
+    def settings_of(self, worker: Worker) -> Settings:
+        """Those of all, unless charges take today for a day of a later month."""
+        if worker.role != "charges" or self.random.random() >= self.dangers.clock_ahead:
+            return self.settings
+        self.tell(f"the clock of {worker} is ahead")
+        return replace(self.settings, horizon_month=month_text(self.horizon + self.random.choice((1, 2))))
 
     def _read_by(self, role: str) -> list[Place]:
         topics = dict(STAGES)[role](self.settings)
