@@ -56,6 +56,7 @@ from rating.records import (
     ReferenceChange,
     Retracted,
     ServiceAccepted,
+    Waterfall,
     read_contract_change,
     read_reference_change,
 )
@@ -103,9 +104,8 @@ class State:
     said_of_codes: dict[str, int] = field(default_factory=dict)
     list_sizes: set[tuple[str, int]] = field(default_factory=set)
     used: dict[Service, set[int]] = field(default_factory=dict)
-    #: Up to which month all lines are written ahead; and up to which those before may have written some.
+    #: The month up to which all lines are written ahead.
     horizon: int = 0
-    announced: int = 0
     #: Where the batch in hand began.
     since: int = 0
     epoch: int = 0
@@ -157,7 +157,7 @@ class Charges(Agent):
                 state = self._states.pop(partition, None)
                 if state is not None and state.offset < offset:
                     state = None
-                horizon = self._accruals.horizon(partition) if state is None else state.horizon
+                horizon = self._accruals.horizon(partition, self._generation) if state is None else state.horizon
                 if horizon < self._horizon(horizon):
                     state = state or self._take_over(partition, offset)
                     self._end_batch(state, partition, state.offset)
@@ -171,14 +171,18 @@ class Charges(Agent):
         first, ends = self._accruals.left_by_others(partition, epoch, self._generation, offset)
         state = restore(self._context, partition, first)
         state.since, state.epoch, state.ends = first, epoch, ends
-        state.announced = self._accruals.announced(partition)
+        announced = self._accruals.announced(partition)
+        if first > offset or announced > state.horizon:
+            # What others did is skipped and acknowledged: from now on this epoch says that it is done, for theirs may
+            # yet be doubted.  Or others may yet write rows of months that nobody has said to be written, as of here.
+            self._end_batch(state, partition, first, announced)
         return state
 
-    def _end_batch(self, state: State, partition: int, offset: int) -> None:
+    def _end_batch(self, state: State, partition: int, offset: int, announced: int = 0) -> None:
         state.offset = offset
         state.ends = [each for each in state.ends if each > offset]
         with collector_paused():
-            self._flush(state, partition)
+            self._flush(state, partition, self._horizon(max(state.horizon, announced)))
         state.since = offset
 
     def _apply(self, record: Record, state: State, partition: int) -> None:
@@ -261,8 +265,7 @@ class Charges(Agent):
         ahead = _month_after(datetime.now(UTC))
         return max(min(ahead, _month_after(self._accruals.now())), written) if ahead > written else written
 
-    def _flush(self, state: State, partition: int) -> None:
-        horizon = self._horizon(max(state.horizon, state.announced))
+    def _flush(self, state: State, partition: int, horizon: int) -> None:
         book = self._book(state)
         rows: list[AccrualRow] = []
         for order, item_id, lines, months in touched(state, book, horizon):
@@ -385,6 +388,7 @@ def restore(context: Context, partition: int, offset: int) -> State:
     accruals = Accruals(context.clickhouse)
     positions = accruals.positions(partition, generation, offset)
     state = State(offset, dict(positions))
+    drawing: dict[str, frozenset[str]] = {}
     for change in ledger.changes(CONTRACT_CHANGES, generation, positions):
         if change.accepted:
             place = (change.generation, change.partition, change.offset)
@@ -395,6 +399,7 @@ def restore(context: Context, partition: int, offset: int) -> State:
         items = {item_id for item_id, _ in _placed(changes.values())}
         if any(partition_for(item_id, partitions) == partition for item_id in items):
             state.orders[number] = Order.fold(number, [changes[place] for place in sorted(changes)])
+            drawing[number] = _may_draw(changes.values())
         else:
             # When it reaches this partition, all that was said of it comes with it.
             del state.contracts[number]
@@ -404,8 +409,10 @@ def restore(context: Context, partition: int, offset: int) -> State:
     ours = [each for each in ledger.items() if partition_for(each, partitions) == partition]
     state.usage = ledger.totals_accepted(generation, positions, ours)
     for line, month, parties in accruals.written(partition):
-        state.written.setdefault(line, {})[month] = (None, frozenset(parties))
-    state.horizon = accruals.horizon(partition)
+        # The newest row need not be the last that somebody told funding of: another's row of a later offset hides
+        # an older one whose parties it never knew.
+        state.written.setdefault(line, {})[month] = (None, drawing.get(line[0], frozenset()).union(parties))
+    state.horizon = accruals.horizon(partition, generation, offset)
     if not positions:
         # A new life of the log: what the last one left is rated anew, once.
         state.said_of_orders = dict.fromkeys(state.orders, _ALWAYS)
@@ -420,6 +427,23 @@ def _placed(changes: Iterable[ContractChange]) -> set[Service]:
         if isinstance(change.body, OrderPlaced)
         for line in change.body.lines
     }
+
+
+def _may_draw(changes: Iterable[ContractChange]) -> frozenset[str]:
+    """Every ordering party for which an order may ever have wanted of an allocation."""
+    parties: set[str] = set()
+    draws = False
+    for body in (change.body for change in changes):
+        waterfalls: Iterable[Waterfall] = ()
+        if isinstance(body, OrderPlaced):
+            parties.add(body.header.ordering_party)
+            waterfalls = {line.funding for line in body.lines}
+        elif isinstance(body, PartyNovated):
+            parties.add(body.ordering_party)
+        elif isinstance(body, FundingChanged):
+            waterfalls = [body.funding]
+        draws = draws or any(step.take == "allocation" for steps in waterfalls for step in steps)
+    return frozenset(parties) if draws else frozenset()
 
 
 def _rate_again(months: Iterable[tuple[str, str, str, int]], state: State) -> None:

@@ -195,19 +195,26 @@ class Accruals:
             [(partition, generation, offset, dict(positions), horizon, epoch)],
         )
 
-    def horizon(self, partition: int) -> int:
-        """The month up to which all of a partition's lines have been written ahead; 0 before the first time."""
+    def horizon(self, partition: int, generation: int, offset: int = 2**62) -> int:
+        """The month up to which all lines of a partition were written ahead at an offset; 0 before the first time."""
         rows = self._clickhouse.query(
-            "SELECT argMax(horizon, (generation, offset, horizon)) FROM accrual_positions"
-            " WHERE charge_partition = {partition:Int32}",
-            {"partition": partition},
+            """
+            SELECT argMax(horizon, (generation, offset, horizon)) FROM accrual_positions
+            WHERE charge_partition = {partition:Int32}
+              AND (generation, offset) <= ({generation:UInt32}, {offset:Int64})
+            """,
+            {"partition": partition, "generation": generation, "offset": offset},
         )
         return int(rows[0][0])
 
     def announced(self, partition: int) -> int:
-        """The month up to which any epoch may have written rows of a partition; 0 before the first."""
+        """The month up to which anybody may have written rows of a partition; 0 before the first."""
         rows = self._clickhouse.query(
-            "SELECT max(horizon) FROM charge_epochs WHERE charge_partition = {partition:Int32}",
+            """
+            SELECT greatest(
+                (SELECT max(horizon) FROM charge_epochs WHERE charge_partition = {partition:Int32}),
+                (SELECT max(horizon) FROM accrual_positions WHERE charge_partition = {partition:Int32}))
+            """,
             {"partition": partition},
         )
         return int(rows[0][0])

@@ -32,4 +32,7 @@ class Agent(ABC):
         """
 
     def idle(self, committed: Mapping[Place, int]) -> None:  # noqa: B027  # most agents have nothing to do
-        """Does what time asks for; given the partitions that the worker holds and what is committed of each."""
+        """Does what time asks for; given the partitions that the worker holds and what is committed of each.
+
+        Raises as `do`; then it is called again at its next turn.
+        """

@@ -286,6 +286,9 @@ class Worker:
                 try:
                     await asyncio.to_thread(self._do_idle, lane.agent, own)
                     self._all_work()
+                except NotYet as reason:
+                    self._all_work()
+                    log.debug("waiting", reason=str(reason))
                 except SINK_ERRORS as error:
                     self._fails(error)
 

@@ -3,6 +3,7 @@
 `python -m tests.recording_worker FILE TOPIC` with the settings in the environment.  Each batch is a line
 in FILE when its agent takes it and another when it is done.  While FILE.hold exists a batch stays in hand;
 if FILE.bug exists its agent meets a bug, if FILE.idle-bug exists it does so while it has nothing to do.
+If FILE.idle-wait exists it finds, once, that what it would do then must wait.
 While FILE.down exists the ledger does not work.  If FILE.slow exists it takes its time after a rebalance, as a
 busy machine does.
 """
@@ -20,7 +21,7 @@ from typing import Any, ClassVar
 
 from sinks.clickhouse import LedgerUnavailable
 from streams.agent import Agent
-from streams.batch import Batch
+from streams.batch import Batch, NotYet
 from streams.settings import Settings
 from streams.topics import Place
 from streams.worker import Worker
@@ -43,6 +44,7 @@ class Recorder(Agent):
         self._bug = file.with_suffix(".bug")
         self._down = file.with_suffix(".down")
         self._idle_bug = file.with_suffix(".idle-bug")
+        self._idle_wait = file.with_suffix(".idle-wait")
 
     def topics(self) -> Sequence[str]:
         """The one topic."""
@@ -60,9 +62,12 @@ class Recorder(Agent):
         self._write("done", batch)
 
     def idle(self, committed: Mapping[Place, int]) -> None:
-        """Meets a bug when it is told to."""
+        """Meets a bug, or has to wait, when it is told to."""
         if self._idle_bug.exists():
             raise ValueError("on purpose")
+        if self._idle_wait.exists():
+            self._idle_wait.unlink()
+            raise NotYet("on purpose")
 
     def _write(self, what: str, batch: Batch) -> None:
         offsets = [record.offset for record in batch.records]

@@ -30,13 +30,13 @@ import structlog
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from rating.calendar import LONDON, month_of, month_text, parse_month
+from rating.calendar import LONDON, month_text, parse_month
 from rating.close import derive
 from sinks.accruals import Accruals
 from sinks.claims import ClaimsUnavailable
 from streams.batch import Batch, NotYet
 from streams.topics import CHARGE_INPUTS, PERIOD_EVENTS, partition_for
-from tests.crash_world import AGENTS, CrashNow, Fuse, World
+from tests.crash_world import AGENTS, CrashNow, Fuse, World, same
 from tests.oracle import oracle
 from tests.oracle.strategies import ARRIVAL, books
 from tests.rich_book import (
@@ -58,6 +58,7 @@ from tests.rich_book import (
     reference,
     used,
 )
+from tests.simulation.task import Task
 from tribill.embedded.stack import EmbeddedStack
 
 pytestmark = pytest.mark.timeout(280)
@@ -361,64 +362,118 @@ def test_the_horizon_moves(new_world: NewWorld, restart: bool) -> None:
     world.check_state()
 
 
+def written_right(world: World, partition: int) -> None:
+    """What any worker has written is what the ledger gives, to the month up to which all is written ahead."""
+    accruals, ever = Accruals(world.clickhouse), parse_month("2026-12")
+    horizon = accruals.horizon(partition, world.settings.log_generation)
+    rows = ((line, month, exact) for line, months in accruals.exact_rows(ever) for month, exact, _ in months)
+    accrued = {(line, month): Fraction(exact) for line, month, exact in rows}
+    derived = derive(world.book(), ever).exact
+    due = {key: exact for key, exact in derived.items() if exact and (key in accrued or key[1] <= horizon)}
+    same("accruals", {key: exact for key, exact in accrued.items() if exact}, due)
+
+
+ORDER = [
+    contract(C1, "c1", OrderPlaced=placed("C010001-01", "QOP", "10030", ordered(A, P1, PATIENTS, BY_PARTY))),
+    reached(C1, "c2", A, P1, "M1", "2026-04-01"),
+]
+CEASED = contract(C1, "c3", LineCeased={"item_id": A, "ods_code": P1, "date": "2026-04-10"})
+
+
 @pytest.mark.parametrize("goes_on", [False, True])
-def test_written_ahead_by_one_that_was_stopped(new_world: NewWorld, goes_on: bool) -> None:
+@pytest.mark.parametrize("idle", [False, True])
+def test_written_ahead_by_one_that_was_stopped(new_world: NewWorld, idle: bool, goes_on: bool) -> None:
     """Months that only a worker with a clock ahead has written, and never said that it had, would stand for ever."""
-    stopped_at = []
     for at in range(1, 99):
         world, place = new_world("2026-05"), (CHARGE_INPUTS, partition_for(A, 2))
-        for line in [
-            contract(C1, "c1", OrderPlaced=placed("C010001-01", "QOP", "10030", ordered(A, P1, PATIENTS, BY_PARTY))),
-            reached(C1, "c2", A, P1, "M1", "2026-04-01"),
-        ]:
+        for line in ORDER:
             world.say(line)
         world.drain(["contracts"])
+        if idle:
+            world.drain(["charges"])
 
         def meanwhile(world: World = world) -> None:
             world.settings = replace(world.settings, horizon_month="2026-05")
-            world.drain(["charges"])
+            world.say(CEASED)
+            world.drain(["contracts"])
+            world.drain(["charges"], 1)
             if not goes_on:
                 raise CrashNow
 
         world.settings = replace(world.settings, horizon_month="2026-07")
-        with suppress(CrashNow):
-            if world.stopped("charges", world.batch(place, 0, 100), at, meanwhile) is None:
-                world.drop()
-                break
-        stopped_at.append(at)
-        world.say(contract(C1, "c3", LineCeased={"item_id": A, "ods_code": P1, "date": "2026-04-10"}))
+        world.agents.clear()
+        fuse = Fuse(at, before=True, meanwhile=meanwhile)
+        zombie = world.start("charges", fuse)
+        with suppress(CrashNow, NotYet):
+            if idle:
+                zombie.idle({place: world.committed["charges", place]})
+            else:
+                zombie.do(world.batch(place, 0, 100))
         world.drain(AT_WORK)
-        world.check_state()
-        ahead = parse_month("2026-07")
-        derived = derive(world.book(), ahead).exact
-        for line, months in Accruals(world.clickhouse).exact_rows(ahead):
-            for month, exact, _ in months:
-                assert Fraction(exact) == derived.get((line, month), 0), (at, line, month)
+        written_right(world, place[1])
         world.drop()
-    assert len(stopped_at) > 4
+        if len(fuse.calls) < at:
+            break
+    assert at > 5
+
+
+def test_written_ahead_past_positions_that_do_not_count(new_world: NewWorld) -> None:
+    """Lines would be taken for written ahead as of an offset which only a worker that was cut off has reached."""
+    world, place = new_world("2026-05"), (CHARGE_INPUTS, partition_for(A, 2))
+    for line in ORDER:
+        world.say(line)
+    world.drain(AT_WORK)
+    first = world.log.end(place)
+    world.say(reference("X1", "r1", ListSize={"ods_code": "X1", "as_of": "2026-04-01", "patients": 5}))
+    world.drain(["reference"])
+    world.say(CEASED)
+    world.drain(["contracts"])
+    world.settings = replace(world.settings, horizon_month="2026-07")
+    world.agents.clear()
+    on_the_way = []
+
+    def its_successor() -> None:
+        successor = world.start("charges")
+
+        def lost(table: str, rows: Any) -> None:
+            on_the_way.append((table, rows))
+            raise CrashNow
+
+        with mock.patch.object(successor._context.clickhouse, "insert_arrow", lost), suppress(CrashNow):
+            successor.do(world.batch(place, first, 1))
+
+    zombie = world.start("charges", Fuse(3, before=True, meanwhile=its_successor))
+    with suppress(NotYet):
+        zombie.do(world.batch(place, first, 2))
+    assert [table for table, _ in on_the_way] == ["accruals"]
+    world.drain(AT_WORK)
+    world.clickhouse.insert_arrow(*on_the_way[0])
+    written_right(world, place[1])
+    world.drop()
 
 
 @pytest.mark.parametrize("behind", [False, True])
 def test_a_clock_alone_does_not_move_the_horizon(new_world: NewWorld, behind: bool) -> None:
     """One worker whose clock says 2090 would have every line written for sixty years, and kept right for ever."""
-    world = new_world("")
-    now = world.start("charges")._accruals.now()
+    world, place = new_world(""), (CHARGE_INPUTS, partition_for(A, 2))
+    accruals = Accruals(world.clickhouse)
+    now = accruals.now()
     assert abs(now - datetime.now(UTC)) < timedelta(hours=1)
-    place, month = (CHARGE_INPUTS, partition_for(A, 2)), month_of(now.astimezone(LONDON).date().toordinal())
-    for line in [
-        contract(C1, "c1", OrderPlaced=placed("C010001-01", "QOP", "10030", ordered(A, P1, PATIENTS, BY_PARTY))),
-        reached(C1, "c2", A, P1, "M1", "2026-04-01"),
-    ]:
+    wrong = now - timedelta(days=70) if behind else now + timedelta(days=25_000)
+    due, said = ((at.year * 12 + at.month) for at in (now.astimezone(LONDON), wrong.astimezone(LONDON)))
+
+    def by_a_wrong_clock(line: dict[str, Any]) -> int:
         world.say(line)
-    world.drain(["contracts"])
-    wrong = now - timedelta(days=70) if behind else now.replace(year=2090)
-    with mock.patch("agents.charges.datetime") as clock:
-        clock.now.return_value = wrong
-        world.drain(["charges"])
-        accruals = Accruals(world.clickhouse)
-        assert accruals.horizon(place[1]) == (month_of(wrong.date().toordinal()) if behind else month) + 1
+        world.drain(["contracts"])
+        with mock.patch("agents.charges.datetime") as clock:
+            clock.now.return_value = wrong
+            world.drain(["charges"])
+        return accruals.horizon(place[1], 1)
+
+    assert by_a_wrong_clock(ORDER[0]) == (said if behind else due)
     world.agents["charges"].idle({place: world.committed["charges", place]})
-    assert accruals.horizon(place[1]) == month + 1
+    assert accruals.horizon(place[1], 1) == due
+    assert by_a_wrong_clock(ORDER[1]) == due
     world.drop()
 
 
@@ -523,6 +578,39 @@ def test_late_funding_of_a_zombie(new_world: NewWorld) -> None:
     world.check_state()
 
 
+@pytest.mark.parametrize("change", ["funding", "party"])
+def test_a_later_row_that_knows_no_earlier_party(new_world: NewWorld, change: str) -> None:
+    """What was wanted of a party at an offset would be drawn for ever behind another's row of a later one."""
+    no_more: dict[str, Any] = {
+        "funding": {"FundingChanged": {"item_id": A, "funding": BY_PARTY, "from": "2026-03-01"}},
+        "party": {"PartyNovated": {"ordering_party": "QHM", "from": "2026-03-01"}},
+    }[change]
+    order = ordered(A, P1, PATIENTS, [{"payer": "NHSE", "take": "allocation"}, *BY_PARTY])
+    for at in count(1):
+        world, place = new_world(HORIZON), (CHARGE_INPUTS, partition_for(A, 2))
+        for line in [
+            reference("QOP", "r1", Allocation={"ordering_party": "QOP", "financial_year": 2026, "amount": "1000"}),
+            contract(C1, "c1", OrderPlaced=placed("C010001-01", "QOP", "10030", order)),
+            reached(C1, "c2", A, P1, "M1", "2026-04-01"),
+            contract(C1, "c3", **no_more),
+        ]:
+            world.say(line)
+        world.drain(["reference", "contracts"], 1)
+        killed = world.start("charges", Fuse(at, before=True))
+        first = world.committed.get(("charges", place), 0)
+        with suppress(CrashNow):
+            killed.do(world.batch(place, first, 100))
+        while world.waiting("charges", place):
+            world.agents.pop("charges", None)
+            world.step("charges", place, 1)
+        world.drain(AT_WORK)
+        world.check_state()
+        world.drop()
+        if len(killed._context.fuse.calls) < at:
+            break
+    assert at > 5
+
+
 RETRACTED = contract(C1, "c4", Retracted={"change_id": "c1"})
 NOT_LIVE = contract(C1, "c4", Retracted={"change_id": "c2"})
 
@@ -584,6 +672,41 @@ def test_a_zombie_takes_over_once_more(new_world: NewWorld, done: bool) -> None:
     if done:
         begin_anew()
     assert "insert charge_epochs" in zombie._context.fuse.calls
+    world.drain(AT_WORK)
+    world.check_state()
+    world.drop()
+
+
+def test_what_was_taken_for_done_is_doubted_later(new_world: NewWorld) -> None:
+    """A batch that a successor acknowledged as another's would count nowhere once a third announced the same."""
+    world, place = new_world(HORIZON), (CHARGE_INPUTS, partition_for(A, 2))
+    for line in ORDER:
+        world.say(line)
+    world.drain(AT_WORK)
+    first = world.log.end(place)
+    world.say(CEASED)
+    world.drain(["contracts"])
+    world.say(reference("X1", "r1", ListSize={"ods_code": "X1", "as_of": "2026-04-01", "patients": 5}))
+    world.drain(["reference"])
+    batch = world.batch(place, first, 2)
+
+    def stopped(before: int) -> Task:
+        fuse = Fuse(before, before=True)
+        agent = world.start("charges", fuse)
+        task = Task(lambda: agent.do(batch))
+        fuse.meanwhile = task.pause
+        assert not task.go_on()
+        return task
+
+    world.agents.clear()
+    writes, begins = stopped(3), stopped(2)
+    assert writes.go_on()
+    assert isinstance(writes.error, NotYet)  # all is written, and another has begun
+    assert world.step("charges", place, 1)
+    assert begins.go_on()
+    assert isinstance(begins.error, NotYet)
+    world.agents.clear()
+    world.say(reference(P1, "r2", ListSize={"ods_code": P1, "as_of": "2026-04-01", "patients": 700}))
     world.drain(AT_WORK)
     world.check_state()
     world.drop()

@@ -188,6 +188,18 @@ def test_a_bug_outside_of_a_batch_ends_the_worker(address: str, tmp_path: Path) 
         assert made.start().wait(120) == BUG_EXIT
 
 
+def test_waiting_outside_of_a_batch_ends_nothing(address: str, tmp_path: Path) -> None:
+    """Charges whose partition another took for a moment would end with the next month."""
+    with bench(address, tmp_path) as made:
+        waits = made.file.with_suffix(".idle-wait")
+        waits.touch()
+        worker = made.start()
+        wait(lambda: not waits.exists())
+        made.send(0, 200)
+        wait(lambda: sorted(made.done()) == list(range(200)) and made.is_committed())
+        assert worker.poll() is None
+
+
 def test_a_sink_that_fails(address: str, tmp_path: Path) -> None:
     """A worker that can do nothing would say that it is ready, or leave its batches out."""
     with bench(address, tmp_path) as made:

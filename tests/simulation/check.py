@@ -144,14 +144,16 @@ def _check_accruals(world: World) -> None:
     inputs = {text: end for text, end in ends.items() if text.rpartition("/")[0] in input_topics(settings)}
     book = Changes(context, 1, ends).known(world.sinks.ledger.totals_at_cut(1, inputs)).book
     accruals = world.sinks.accruals
-    until = [accruals.horizon(partition) for partition in range(settings.partitions)]
+    until = [accruals.horizon(partition, 1) for partition in range(settings.partitions)]
     accrued = {
         (line, month): Fraction(exact) for line, months in accruals.exact_rows(_EVER) for month, exact, _ in months
     }
+    # Beyond it a worker may have come to write some, and they are right, too.
+    furthest = max([*until, *(month for _, month in accrued)])
     charges = {
-        (line, month): amount
-        for (line, month), amount in derive(book, max(until)).exact.items()
-        if amount and month <= until[partition_for(line[1], settings.partitions)]
+        key: amount
+        for key, amount in derive(book, furthest).exact.items()
+        if amount and (key in accrued or key[1] <= until[partition_for(key[0][1], settings.partitions)])
     }
     same("accruals", {key: amount for key, amount in accrued.items() if amount}, charges)
     for key, said in accruals.rows.items():

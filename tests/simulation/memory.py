@@ -203,7 +203,7 @@ class MemoryAccruals:
 
     def _insert_epoch(self, partition: int, epoch: int, generation: int, first: int, end: int, horizon: int) -> None:
         self.epochs.setdefault((partition, epoch), []).append((generation, first, end))
-        self.horizons[partition] = max(horizon, self.announced(partition))
+        self.horizons[partition] = max(horizon, self.horizons.get(partition, 0))
 
     def left_by_others(self, partition: int, epoch: int, generation: int, first: int) -> tuple[int, list[int]]:
         others = []
@@ -223,15 +223,17 @@ class MemoryAccruals:
     def insert_positions(
         self, partition: int, generation: int, offset: int, positions: Mapping[str, int], horizon: int, epoch: int = 0
     ) -> None:
-        self.said[partition, generation, offset] = (dict(positions), horizon)
+        _, before = self.said.get((partition, generation, offset), ({}, 0))
+        self.said[partition, generation, offset] = (dict(positions), max(horizon, before))
         self.ended.add((partition, generation, offset, epoch))
 
-    def horizon(self, partition: int) -> int:
+    def horizon(self, partition: int, generation: int, offset: int = 2**62) -> int:
         said = [(life, at, horizon) for (of, life, at), (_, horizon) in self.said.items() if of == partition]
-        return max(said)[2] if said else 0
+        return max((each for each in said if each[:2] <= (generation, offset)), default=(0, 0, 0))[2]
 
     def announced(self, partition: int) -> int:
-        return self.horizons.get(partition, 0)
+        said = (horizon for (of, _, _), (_, horizon) in self.said.items() if of == partition)
+        return max(self.horizons.get(partition, 0), *said, 0)
 
     def newest_version(self, partition: int) -> int:
         return max((at for said in self.rows.values() for at, of, _ in said if of == partition), default=0)

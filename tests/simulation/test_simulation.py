@@ -17,7 +17,6 @@ import pytest
 
 from agents.charges import Charges
 from agents.usage import Usage
-from rating.calendar import parse_month
 from tests.simulation.history import book_of, survive
 from tests.simulation.world import SimulatedOutbox, Worker
 
@@ -96,15 +95,6 @@ def _unclaimed(self: Any, rows: Any, partition: int) -> Any:
     return self._claims.claim(partition, claims, claims)[0]
 
 
-def horizon_goes_back() -> Any:
-    """Months that a worker has written whose clock was ahead are nobody's when another has the partition."""
-
-    def by_the_clock(self: Any, written: int) -> int:
-        return parse_month(self._context.settings.horizon_month)
-
-    return mock.patch.object(Charges, "_horizon", by_the_clock)
-
-
 @pytest.mark.parametrize(
     "plant",
     [
@@ -114,7 +104,6 @@ def horizon_goes_back() -> Any:
         totals_remembered_for_ever,  # one history in some forty shows it
         older_totals_taken,
         nothing_of_the_ledger_is_asked,
-        horizon_goes_back,
     ],
 )
 def test_a_planted_bug_is_found(plant: Callable[[], Any]) -> None:

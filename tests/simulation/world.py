@@ -115,8 +115,9 @@ class Dangers:
     land: float = 0.1
     flush_redis: float = 0.02
     reconcile: float = 0.01
-    #: Of each worker that starts.
-    clock_ahead: float = 0.3
+    idle: float = 0.02
+    #: Of each batch of charges.
+    clock_ahead: float = 0.03
 
     @classmethod
     def drawn(cls, source: random.Random) -> Dangers:
@@ -124,7 +125,7 @@ class Dangers:
         return cls(**{each.name: each.default * source.choice((0, 1, 1, 4)) for each in fields(cls)})
 
 
-CALM = Dangers(*[0.0] * 11)
+CALM = Dangers(*[0.0] * 12)
 
 
 class Door:
@@ -176,7 +177,7 @@ class SimulatedContext(Context):
 
     def __init__(self, worker: Worker) -> None:
         world = worker.world
-        self.settings, self.codec = world.settings_of(worker), world.codec
+        self.settings, self.codec = world.settings, world.codec
         self.outbox = SimulatedOutbox(worker, world.log)  # type: ignore[assignment]
         self.ledger = Door(worker, "ledger", world.sinks.ledger)  # type: ignore[assignment]
         self._claims = Door(worker, "redis", world.sinks.claims)
@@ -252,14 +253,26 @@ class Worker:
 
     def start(self, batch: Batch) -> None:
         """Takes a batch in hand and goes on until it stops, fails or is done."""
+        agent = self._ready(self.world.dangers.clock_ahead)
+        self.batch, self.again = batch, None
+        self.task = Task(lambda: agent.do(batch))
+        self.go_on()
+
+    def idle(self) -> None:
+        """Does what is due by the clock, also of partitions that it has lost."""
+        agent, committed = self._ready(1 / 2), self.world.committed
+        places = {place: committed.get((self.role, place), 0) for place in [*self.places, *self.lost]}
+        self.task = Task(lambda: agent.idle(places))
+        self.go_on()
+
+    def _ready(self, clock_ahead: float) -> Any:
         if self.agent is None:
             self.agent = AGENTS[self.role](SimulatedContext(self))
             if self.role == "period-close":
                 self.agent._broker = LogBroker(self.world)
+        self.agent._context.settings = self.world.settings_of(self, clock_ahead)
         self.agent._context.outbox.eager = self.world.random.random() < 0.5
-        self.batch, self.again = batch, None
-        self.task = Task(lambda: self.agent.do(batch))
-        self.go_on()
+        return self.agent
 
     def go_on(self) -> None:
         """The batch in hand goes on."""
@@ -357,9 +370,9 @@ class World:
         """What happened, for whoever has to find out why."""
         self.told.append(text)
 
-    def settings_of(self, worker: Worker) -> Settings:
-        """Those of all, unless charges take today for a day of a later month."""
-        if worker.role != "charges" or self.random.random() >= self.dangers.clock_ahead:
+    def settings_of(self, worker: Worker, clock_ahead: float) -> Settings:
+        """Those of all, unless charges take today, this time, for a day of a later month."""
+        if worker.role != "charges" or self.random.random() >= clock_ahead:
             return self.settings
         self.tell(f"the clock of {worker} is ahead")
         return replace(self.settings, horizon_month=month_text(self.horizon + self.random.choice((1, 2))))
@@ -457,7 +470,7 @@ class World:
     def step(self) -> bool:
         """One thing happens; False when there is nothing to do."""
         chance = self.random.random()
-        for name in ("reassign", "crash", "zombie", "land", "flush_redis", "reconcile"):
+        for name in ("reassign", "crash", "zombie", "land", "flush_redis", "reconcile", "idle"):
             chance -= getattr(self.dangers, name)
             if chance < 0:
                 return bool(getattr(self, f"_{name}")()) or self._work()
@@ -545,6 +558,15 @@ class World:
         self.tell("Redis is emptied")
         self.sinks.claims.flush()
         return True
+
+    def _idle(self) -> bool:
+        """Charges that have nothing in hand look whether the month has changed."""
+        able = [each for each in self.workers if each.role == "charges" and each.task is None and each.again is None]
+        if able:
+            worker = self.random.choice(able)
+            self.tell(f"{worker} has nothing to do")
+            worker.idle()
+        return bool(able)
 
     def _reconcile(self) -> bool:
         worker = self.reconciler
