@@ -149,7 +149,7 @@ def _check_accruals(world: World) -> None:
         (line, month): Fraction(exact) for line, months in accruals.exact_rows(_EVER) for month, exact, _ in months
     }
     # Beyond it a worker may have come to write some, and they are right, too.
-    furthest = max([*until, *(month for _, month in accrued)])
+    furthest = max([world.horizon, *until, *(month for _, month in accrued)])
     charges = {
         key: amount
         for key, amount in derive(book, furthest).exact.items()
