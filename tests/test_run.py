@@ -450,3 +450,21 @@ def test_ended_or_refused(start: Callable[..., Run]) -> None:
     assert re.search(r"2026-07 cannot be closed: 2026-05 was closed last, so 2026-06 is next", said)
     assert "Traceback" not in said + early.said + late.said
     refused.check(oracle.run(BOOK).closes)
+
+
+def test_stopped_amid_a_library(tmp_path: Path) -> None:
+    """librdkafka's binding, stopped while it reads its settings, says that they are wrong: a traceback for 143."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal\n"
+        "from tribill import cli\n"
+        "def cut_off():\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    except SystemExit:\n"
+        "        raise TypeError('expected configuration property name') from None\n"
+        "cli.cli = cut_off\n"
+        "cli.main()\n"
+    )
+    ended = subprocess.run([sys.executable, program], capture_output=True, text=True, env=os.environ, check=False)
+    assert (ended.returncode, ended.stderr) == (143, "")

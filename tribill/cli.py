@@ -422,18 +422,27 @@ for _command in (dead_letters, suspense, doctor):
     cli.add_command(_command)
 
 
-def _end(*_: object) -> None:
-    # Not sys.exit(): its bare number is no exception to librdkafka's binding, when this falls into a callback of it.
-    raise SystemExit(143)
-
-
 def main() -> None:
     """The entry point.  SIGTERM ends a command as Ctrl-C does: what it started is stopped."""
-    signal.signal(signal.SIGTERM, _end)
+    ended = False
+
+    def end(*_: object) -> None:
+        nonlocal ended
+        ended = True
+        # Not sys.exit(): its bare number is no exception to librdkafka's binding, when this falls into its callback.
+        raise SystemExit(143)
+
+    signal.signal(signal.SIGTERM, end)
     # Exact fractions of tiered prices may have thousands of digits.
     sys.set_int_max_str_digits(0)
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
-    cli()
+    try:
+        cli()
+    except BaseException:
+        if ended:
+            # That binding, when it is about to read its settings, raises an error of its own in place of any other.
+            raise SystemExit(143) from None
+        raise
